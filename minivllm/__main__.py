@@ -1,0 +1,7 @@
+"""`python -m minivllm`."""
+
+from __future__ import annotations
+
+from minivllm.cli import main
+
+main()

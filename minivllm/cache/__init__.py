@@ -1,0 +1,1 @@
+"""Bookkeeping of the KV cache: which block belongs to whom. No tensors here."""

@@ -1,0 +1,284 @@
+// Attention on the CPU for packed and paged keys alike: what is computed by whom, and where rows lie in memory.
+// A row is one query of one head. The rows that share a key-value head are flattened (query major), cut into tiles of kTileRows,
+// and every tile walks over its keys in tiles of kTileKeys: keys are widened to float32 and transposed once for all rows of the
+// tile, so that scores are vectors along the keys. The keys are cut into splits of kSplitKeys at fixed positions, each with a
+// state of its own, merged in order. So a row's bits depend on its own query and its sequence's keys alone: not on
+// other rows, not on how a prompt is cut into chunks, not on the number of threads; and a split may run on any thread.
+#pragma once
+
+#include "attention/cpu_tiles.h"
+
+#include <atomic>
+#include <memory>
+#include <vector>
+
+namespace minivllm::attention {
+
+constexpr int64_t kTileKeys = 64;    // with head_dim 64 a tile of keys and one of values take 32 KiB, an L1 cache
+constexpr int64_t kTileRows = 64;    // more rows reuse a tile of keys better, fewer waste less work above the causal diagonal
+constexpr int64_t kSplitKeys = 512;  // a few microseconds of work for a decode row: the least that is worth another thread
+
+// One sequence of the batch. table is null for packed keys, which begin at row kv_begin.
+struct Sequence {
+  int64_t q_begin, len_q, kv_begin, len_k;
+  const int32_t* table;
+};
+
+// Keys or values; strides in elements. Packed rows have no blocks.
+struct Side {
+  const void* data;
+  int64_t block_stride, head_stride, row_stride;
+};
+
+struct Call {
+  const void* q;
+  int64_t q_token_stride, q_head_stride;
+  void* out;  // [num_tokens, num_heads, head_dim], contiguous
+  int64_t num_heads, num_kv_heads, head_dim;
+  Side k, v;
+  int block_shift;  // log2 of the block size
+  float scale;
+  bool causal;
+  std::vector<Sequence> sequences;
+
+  int64_t group() const { return num_heads / num_kv_heads; }
+  // How many keys a query sees: causal queries are aligned to the end of the sequence.
+  int64_t visible(const Sequence& s, int64_t query) const {
+    return causal ? std::clamp<int64_t>(query + 1 + s.len_k - s.len_q, 0, s.len_k) : s.len_k;
+  }
+};
+
+// Address of row j of one sequence and head.
+template <typename T>
+struct KvRows {
+  const T* head;
+  const Side& side;
+  const Sequence& sequence;
+  int shift;
+
+  KvRows(const Side& side, const Sequence& sequence, int64_t kv_head, int shift)
+      : head(static_cast<const T*>(side.data) + kv_head * side.head_stride), side(side), sequence(sequence), shift(shift) {}
+
+  const T* operator()(int64_t j) const {
+    if (sequence.table == nullptr) return head + (sequence.kv_begin + j) * side.row_stride;
+    const int64_t block = sequence.table[j >> shift], offset = j & ((int64_t{1} << shift) - 1);
+    return head + block * side.block_stride + offset * side.row_stride;
+  }
+};
+
+// Rows [row_begin, row_begin + rows) of one sequence and key-value head, and the keys that any of them sees.
+struct Tile {
+  const Sequence* sequence;
+  int64_t kv_head, row_begin, rows, keys;
+  int64_t num_splits() const { return (keys + kSplitKeys - 1) / kSplitKeys; }
+};
+
+inline const float* widened(const float* row, float*, int64_t) { return row; }
+template <typename T>
+const float* widened(const T* row, float* buffer, int64_t n) {
+  to_float(row, buffer, n);
+  return buffer;
+}
+
+// One thread's scratch memory and the work on one tile.
+template <typename T>
+class Worker {
+ public:
+  // max_rows: of any tile.
+  Worker(const Call& call, int64_t max_rows)
+      : call_(call), width_(round_up(call.head_dim, kLanes)), memory_(new float[size(max_rows, width_) + kLanes]),
+        keys_(aligned(memory_.get())), wide_(keys_ + width_ * kTileKeys), q_(wide_ + kTileKeys * width_),
+        scores_(q_ + max_rows * width_), split_(scores_ + max_rows * kTileKeys, max_rows, width_),
+        total_(split_.out + RowStates::size(max_rows, width_), max_rows, width_) {}
+
+  // All keys of a tile, to the output.
+  void run(const Tile& tile) {
+    load_queries(tile);
+    total_.clear(tile.rows);
+    for (int64_t split = 0; split < tile.num_splits(); ++split) {
+      run_split(tile, split, split_);
+      for (int64_t r = 0; r < tile.rows; ++r) total_.merge(r, split_, r);
+    }
+    write(tile, total_);
+  }
+
+  // One split of a tile, to a state that `finish` reads.
+  void run_split_alone(const Tile& tile, int64_t split, RowStates states) {
+    load_queries(tile);
+    run_split(tile, split, states);
+  }
+
+  // Merges the splits of a tile in order, to the output. states(split) are those of `run_split_alone`.
+  template <typename States>
+  void finish(const Tile& tile, const States& states) {
+    total_.clear(tile.rows);
+    for (int64_t split = 0; split < tile.num_splits(); ++split)
+      for (int64_t r = 0; r < tile.rows; ++r) total_.merge(r, states(split), r);
+    write(tile, total_);
+  }
+
+ private:
+  const Call& call_;
+  const int64_t width_;
+  const std::unique_ptr<float[]> memory_;  // uninitialised: to fill it would cost more than a short decode row
+  float *keys_, *wide_, *q_, *scores_;
+  RowStates split_, total_;
+  float keep_[kTileRows];
+  int64_t visible_[kTileRows];
+
+  static int64_t size(int64_t max_rows, int64_t width) {
+    return 2 * kTileKeys * width + max_rows * (width + kTileKeys) + 2 * RowStates::size(max_rows, width);
+  }
+
+  static float* aligned(float* p) {
+    const auto address = reinterpret_cast<uintptr_t>(p), step = kLanes * sizeof(float);
+    return p + ((address + step - 1) / step * step - address) / sizeof(float);
+  }
+
+  int64_t token(const Tile& tile, int64_t r) const { return tile.sequence->q_begin + (tile.row_begin + r) / call_.group(); }
+  int64_t head(const Tile& tile, int64_t r) const {
+    return tile.kv_head * call_.group() + (tile.row_begin + r) % call_.group();
+  }
+
+  void load_queries(const Tile& tile) {
+    for (int64_t r = 0; r < tile.rows; ++r) {
+      const T* row = static_cast<const T*>(call_.q) + token(tile, r) * call_.q_token_stride + head(tile, r) * call_.q_head_stride;
+      float* wide = q_ + r * width_;
+      to_float(row, wide, call_.head_dim);
+#pragma omp simd
+      for (int64_t d = 0; d < call_.head_dim; ++d) wide[d] *= call_.scale;
+      visible_[r] = call_.visible(*tile.sequence, (tile.row_begin + r) / call_.group());
+    }
+  }
+
+  void run_split(const Tile& tile, int64_t split, RowStates& states) {
+    states.clear(tile.rows);
+    const KvRows<T> keys(call_.k, *tile.sequence, tile.kv_head, call_.block_shift);
+    const KvRows<T> values(call_.v, *tile.sequence, tile.kv_head, call_.block_shift);
+    const int64_t end = std::min((split + 1) * kSplitKeys, tile.keys);
+    for (int64_t begin = split * kSplitKeys; begin < end; begin += kTileKeys)
+      run_keys(tile, keys, values, begin, std::min(kTileKeys, end - begin), states);
+  }
+
+  void run_keys(const Tile& tile, const KvRows<T>& keys, const KvRows<T>& values, int64_t begin, int64_t count,
+                RowStates& states) {
+    int64_t first = 0;  // rows before it see none of these keys
+    while (visible_[first] <= begin) ++first;
+    const int64_t rows = tile.rows - first, columns = round_up(count, kLanes);
+    load_keys(keys, begin, count);
+    float* scores = scores_ + first * kTileKeys;
+    multiply(q_ + first * width_, width_, [this](int64_t d) { return keys_ + d * kTileKeys; }, call_.head_dim, scores,
+             kTileKeys, nullptr, rows, columns);
+    for (int64_t r = first; r < tile.rows; ++r)
+      keep_[r] = states.add_scores(r, scores_ + r * kTileKeys, std::min(visible_[r] - begin, count), columns);
+    const float* value_rows[kTileKeys];
+    load_values(values, begin, count, value_rows);
+    multiply(scores, kTileKeys, [&](int64_t j) { return value_rows[j]; }, count, states.out + first * width_, width_,
+             keep_ + first, rows, width_);
+  }
+
+  // keys_[d][j] = row j; the last row fills up the columns to a whole vector.
+  void load_keys(const KvRows<T>& keys, int64_t begin, int64_t count) {
+    const float* rows[kTileKeys];
+    for (int64_t j = 0; j < count; ++j) rows[j] = widened(keys(begin + j), wide_ + j * width_, call_.head_dim);
+    const int64_t columns = round_up(count, std::max(kLanes, 8));
+    for (int64_t j = count; j < columns; ++j) rows[j] = rows[count - 1];
+    for (int64_t j = 0; j < columns; j += 8) transpose_8_rows(rows + j, call_.head_dim, keys_ + j, kTileKeys);
+  }
+
+  // Rows of whole float32 vectors are read where they lie; others are copied, so that no load goes past a row's end.
+  void load_values(const KvRows<T>& values, int64_t begin, int64_t count, const float** rows) {
+    const bool in_place = std::is_same_v<T, float> && call_.head_dim == width_;
+    for (int64_t j = 0; j < count; ++j) {
+      const T* row = values(begin + j);
+      if (in_place) {
+        rows[j] = reinterpret_cast<const float*>(row);
+      } else {
+        to_float(row, wide_ + j * width_, call_.head_dim);
+        rows[j] = wide_ + j * width_;
+      }
+    }
+  }
+
+  void write(const Tile& tile, RowStates& states) {
+    for (int64_t r = 0; r < tile.rows; ++r) {
+      T* out = static_cast<T*>(call_.out) + (token(tile, r) * call_.num_heads + head(tile, r)) * call_.head_dim;
+      from_float(states.finish(r), out, call_.head_dim);
+    }
+  }
+};
+
+// All tiles, those with the most keys of a sequence first, so that threads end together.
+inline std::vector<Tile> make_tiles(const Call& call) {
+  std::vector<Tile> tiles;
+  for (const Sequence& s : call.sequences) {
+    const int64_t rows = s.len_q * call.group();
+    for (int64_t t = (rows + kTileRows - 1) / kTileRows - 1; t >= 0; --t) {
+      const int64_t begin = t * kTileRows, count = std::min(kTileRows, rows - begin);
+      const int64_t keys = call.visible(s, (begin + count - 1) / call.group());
+      for (int64_t h = 0; h < call.num_kv_heads; ++h) tiles.push_back({&s, h, begin, count, keys});
+    }
+  }
+  return tiles;
+}
+
+// How many threads the call is worth: about 10 microseconds of work for each.
+inline int64_t useful_threads(const Call& call, const std::vector<Tile>& tiles) {
+  constexpr int64_t kRowsForLoading = 4;  // to load a key costs about as much as four rows' work on it
+  constexpr int64_t kWorkPerThread = 1 << 18;
+  int64_t work = 0;
+  for (const Tile& tile : tiles) work += tile.keys * (tile.rows + kRowsForLoading) * call.head_dim;
+  return std::clamp<int64_t>(work / kWorkPerThread, 1, torch::stable::get_num_threads());
+}
+
+// f(worker, item) for every item, each taken by the next free thread, because items differ in cost.
+template <typename T, typename F>
+void run_items(const Call& call, int64_t max_rows, int64_t items, int64_t threads, const F& f) {
+  std::atomic<int64_t> next{0};
+  const auto work = [&](int64_t, int64_t) {
+    Worker<T> worker(call, max_rows);
+    for (int64_t item; (item = next.fetch_add(1, std::memory_order_relaxed)) < items;) f(worker, item);
+  };
+  if (threads == 1) work(0, 1);
+  else torch::stable::parallel_for(0, threads, 1, work);
+}
+
+// Few tiles with many keys (decode of a few long sequences): the splits are shared out among the threads.
+template <typename T>
+void run_splits(const Call& call, const std::vector<Tile>& tiles, int64_t max_rows, int64_t threads) {
+  std::vector<std::pair<int64_t, int64_t>> items;  // tile, split
+  std::vector<int64_t> first_item;
+  for (size_t t = 0; t < tiles.size(); ++t) {
+    first_item.push_back(static_cast<int64_t>(items.size()));
+    for (int64_t split = 0; split < tiles[t].num_splits(); ++split) items.emplace_back(t, split);
+  }
+  const int64_t width = round_up(call.head_dim, kLanes), size = RowStates::size(max_rows, width);
+  const std::unique_ptr<float[]> memory(new float[items.size() * size]);
+  const auto states = [&](int64_t item) { return RowStates(memory.get() + item * size, max_rows, width); };
+  run_items<T>(call, max_rows, static_cast<int64_t>(items.size()), threads, [&](Worker<T>& worker, int64_t item) {
+    worker.run_split_alone(tiles[items[item].first], items[item].second, states(item));
+  });
+  run_items<T>(call, max_rows, static_cast<int64_t>(tiles.size()), threads, [&](Worker<T>& worker, int64_t t) {
+    worker.finish(tiles[t], [&](int64_t split) { return states(first_item[t] + split); });
+  });
+}
+
+template <typename T>
+void run(const Call& call) {
+  constexpr int64_t kTilesPerThread = 4;  // with fewer, whole tiles leave threads idle at the end
+  const std::vector<Tile> tiles = make_tiles(call);
+  const int64_t threads = useful_threads(call, tiles);
+  int64_t max_rows = 0;
+  bool long_keys = false;
+  for (const Tile& tile : tiles) {
+    max_rows = std::max(max_rows, tile.rows);
+    long_keys |= tile.num_splits() > 1;
+  }
+  if (threads > 1 && long_keys && static_cast<int64_t>(tiles.size()) < kTilesPerThread * threads)
+    run_splits<T>(call, tiles, max_rows, threads);
+  else
+    run_items<T>(call, max_rows, static_cast<int64_t>(tiles.size()), threads,
+                 [&](Worker<T>& worker, int64_t t) { worker.run(tiles[t]); });
+}
+
+}  // namespace minivllm::attention

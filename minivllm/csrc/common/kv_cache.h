@@ -1,0 +1,21 @@
+// The paged key-value cache as the compiled ops see it. ops/store_kv.py describes its layout.
+#pragma once
+
+#include "common/check.h"
+
+namespace minivllm {
+
+// Binds num_blocks, num_kv_heads, block_size and head_dim, and makes sure that each block is contiguous.
+inline void check_cache(Check& check, const char* name, const Tensor& cache, ScalarType dtype) {
+  check.tensor(name, cache, {"num_blocks", "num_kv_heads", "block_size", "head_dim"}, {dtype});
+  const int64_t heads = cache.size(1), block_size = cache.size(2), head_dim = cache.size(3);
+  if (block_size < 8 || block_size > 256 || (block_size & (block_size - 1)) != 0)
+    check.fail(std::string(name) + " has block_size=" + std::to_string(block_size) +
+               ", expected a power of two from 8 to 256");
+  if (cache.stride(2) != head_dim || (heads > 1 && cache.stride(1) != block_size * head_dim))
+    check.fail(std::string(name) + " has strides [" + std::to_string(cache.stride(0)) + ", " +
+               std::to_string(cache.stride(1)) + ", " + std::to_string(cache.stride(2)) + ", " +
+               std::to_string(cache.stride(3)) + "], expected each block (dimensions 1 to 3) to be contiguous");
+}
+
+}  // namespace minivllm

@@ -1,0 +1,140 @@
+// rms_norm and fused_add_rms_norm: argument checks, CPU kernels, and the border to the CUDA kernels of rms_norm.cu.
+#include "common/check.h"
+#include "common/cpu.h"
+#include "common/cuda_border.h"
+#include "rms_norm.h"
+
+#include <vector>
+
+namespace minivllm {
+namespace {
+
+struct Row {
+  const Rows rows;
+  int64_t offset(int64_t r) const { return (r / rows.inner) * rows.outer_stride + (r % rows.inner) * rows.inner_stride; }
+};
+
+// wide: the row in float32; it is overwritten by the normalised row, rounded to T before the product as Hugging Face does.
+template <typename T>
+void normalise(float* wide, const T* weight, float* scratch, T* out, int64_t d, float eps) {
+  float sum = 0.0f;
+#pragma omp simd reduction(+ : sum)
+  for (int64_t i = 0; i < d; ++i) sum += wide[i] * wide[i];
+  const float scale = 1.0f / std::sqrt(sum / static_cast<float>(d) + eps);
+#pragma omp simd
+  for (int64_t i = 0; i < d; ++i) wide[i] *= scale;
+  round_to(wide, d, static_cast<const T*>(nullptr));
+  to_float(weight, scratch, d);
+#pragma omp simd
+  for (int64_t i = 0; i < d; ++i) wide[i] *= scratch[i];
+  from_float(wide, out, d);
+}
+
+template <typename T>
+void rms_norm_rows(const T* x, const Row& rows, const T* weight, T* out, int64_t d, float eps) {
+  parallel_items(rows.rows.count, d, [&](int64_t begin, int64_t end) {
+    std::vector<float> buffer(2 * d);
+    for (int64_t r = begin; r < end; ++r) {
+      to_float(x + rows.offset(r), buffer.data(), d);
+      normalise(buffer.data(), weight, buffer.data() + d, out + r * d, d, eps);
+    }
+  });
+}
+
+template <typename T>
+void fused_rows(T* x, const Row& x_rows, T* residual, const Row& r_rows, const T* weight, int64_t d, float eps) {
+  parallel_items(x_rows.rows.count, 2 * d, [&](int64_t begin, int64_t end) {
+    std::vector<float> buffer(2 * d);
+    float *sum = buffer.data(), *scratch = buffer.data() + d;
+    for (int64_t r = begin; r < end; ++r) {
+      T *x_row = x + x_rows.offset(r), *r_row = residual + r_rows.offset(r);
+      to_float(x_row, sum, d);
+      to_float(r_row, scratch, d);
+#pragma omp simd
+      for (int64_t i = 0; i < d; ++i) sum[i] += scratch[i];
+      from_float(sum, r_row, d);
+      round_to(sum, d, static_cast<const T*>(nullptr));
+      normalise(sum, weight, scratch, x_row, d, eps);
+    }
+  });
+}
+
+Rows check_rms_norm(const Tensor& x, const Tensor& weight) {
+  Check check("rms_norm", x);
+  check.tensor("x", x, {"...", "hidden"}, MINIVLLM_FLOATS);
+  check.tensor("weight", weight, {"hidden"}, {x.scalar_type()});
+  return collapse_rows(check, "x", x);
+}
+
+struct FusedRows {
+  Rows x, residual;
+};
+
+FusedRows check_fused(const Tensor& x, const Tensor& residual, const Tensor& weight) {
+  Check check("fused_add_rms_norm", x);
+  check.tensor("x", x, {"...", "hidden"}, MINIVLLM_FLOATS);
+  check.tensor("residual", residual, {"...", "hidden"}, {x.scalar_type()});
+  check.tensor("weight", weight, {"hidden"}, {x.scalar_type()});
+  check.same_shape("residual", residual, x);
+  return {collapse_rows(check, "x", x), collapse_rows(check, "residual", residual)};
+}
+
+Tensor rms_norm_cpu(const Tensor& x, const Tensor& weight, double eps) {
+  const Row rows{check_rms_norm(x, weight)};
+  Tensor out = torch::stable::new_empty(x, x.sizes());
+  dispatch_float(x.scalar_type(), [&](auto* tag) {
+    using T = std::remove_pointer_t<decltype(tag)>;
+    rms_norm_rows(static_cast<const T*>(x.data_ptr()), rows, static_cast<const T*>(weight.data_ptr()),
+                  static_cast<T*>(out.data_ptr()), weight.size(0), static_cast<float>(eps));
+  });
+  return out;
+}
+
+void fused_add_rms_norm_cpu(Tensor x, Tensor residual, const Tensor& weight, double eps) {
+  const FusedRows rows = check_fused(x, residual, weight);
+  dispatch_float(x.scalar_type(), [&](auto* tag) {
+    using T = std::remove_pointer_t<decltype(tag)>;
+    fused_rows(static_cast<T*>(x.data_ptr()), Row{rows.x}, static_cast<T*>(residual.data_ptr()), Row{rows.residual},
+               static_cast<const T*>(weight.data_ptr()), weight.size(0), static_cast<float>(eps));
+  });
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(minivllm, CPU, m) {
+  m.impl("rms_norm", TORCH_BOX(&rms_norm_cpu));
+  m.impl("fused_add_rms_norm", TORCH_BOX(&fused_add_rms_norm_cpu));
+}
+
+#ifdef MINIVLLM_CUDA
+namespace {
+
+RmsNormRows cuda_rows(const Rows& rows) { return {rows.inner, rows.outer_stride, rows.inner_stride}; }
+
+Tensor rms_norm_cuda(const Tensor& x, const Tensor& weight, double eps) {
+  const Rows rows = check_rms_norm(x, weight);
+  const CudaScope scope(x);
+  Tensor out = torch::stable::new_empty(x, x.sizes());
+  check_launch("rms_norm", launch_rms_norm(x.data_ptr(), cuda_rows(rows), weight.data_ptr(), out.data_ptr(), rows.count,
+                                           weight.size(0), static_cast<float>(eps), dtype_code(x), scope.stream()));
+  return out;
+}
+
+void fused_add_rms_norm_cuda(Tensor x, Tensor residual, const Tensor& weight, double eps) {
+  const FusedRows rows = check_fused(x, residual, weight);
+  const CudaScope scope(x);
+  check_launch("fused_add_rms_norm",
+               launch_fused_add_rms_norm(x.data_ptr(), cuda_rows(rows.x), residual.data_ptr(), cuda_rows(rows.residual),
+                                         weight.data_ptr(), rows.x.count, weight.size(0), static_cast<float>(eps),
+                                         dtype_code(x), scope.stream()));
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(minivllm, CUDA, m) {
+  m.impl("rms_norm", TORCH_BOX(&rms_norm_cuda));
+  m.impl("fused_add_rms_norm", TORCH_BOX(&fused_add_rms_norm_cuda));
+}
+#endif
+
+}  // namespace minivllm

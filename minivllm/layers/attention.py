@@ -1,0 +1,61 @@
+"""Grouped-query attention over the paged KV cache: project, normalise and rotate q and k, write k and v, attend,
+project.
+
+Prefill chunks and decode rows go through the same calls: a row's queries see its whole cached prefix through its block
+table.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from minivllm.config import ModelConfig
+from minivllm.layers.linear import FusedLinear, Linear
+from minivllm.layers.norm import RMSNorm
+from minivllm.layers.rotary import RotaryEmbedding
+from minivllm.ops import paged_attention, store_kv
+
+if TYPE_CHECKING:
+    from minivllm.runner.forward_batch import ForwardBatch
+    from minivllm.runner.kv_cache import LayerKV
+
+
+class Attention(nn.Module):
+    """x: [num_tokens, hidden_size] -> [num_tokens, hidden_size]. `qk_norm`: RMSNorm of each head of q and k (Qwen3)."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        rotary: RotaryEmbedding,
+        *,
+        qk_norm: bool,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        super().__init__()
+        self.head_dim = config.head_dim
+        self.q_size = config.num_attention_heads * config.head_dim
+        self.kv_size = config.num_key_value_heads * config.head_dim
+        self.scale = config.head_dim**-0.5
+        self.rotary = rotary
+        splits = (self.q_size, self.kv_size, self.kv_size)
+        self.qkv_proj = FusedLinear(config.hidden_size, splits, dtype=dtype, device=device)
+        self.o_proj = Linear(self.q_size, config.hidden_size, dtype=dtype, device=device)
+        self.q_norm = RMSNorm(self.head_dim, config.rms_norm_eps, dtype=dtype, device=device) if qk_norm else None
+        self.k_norm = RMSNorm(self.head_dim, config.rms_norm_eps, dtype=dtype, device=device) if qk_norm else None
+
+    def forward(self, x: Tensor, fwd: ForwardBatch, kv: LayerKV) -> Tensor:
+        qkv = self.qkv_proj(x).split((self.q_size, self.kv_size, self.kv_size), dim=-1)
+        q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in qkv)
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        self.rotary(q, k, fwd.positions)
+        store_kv(k, v, kv.k, kv.v, fwd.slot_mapping)
+        out = paged_attention(
+            q, kv.k, kv.v, fwd.block_tables, fwd.seq_lens, fwd.cu_seqlens_q, fwd.max_seqlen_q, scale=self.scale
+        )
+        projected: Tensor = self.o_proj(out.flatten(1))
+        return projected

@@ -1,0 +1,42 @@
+"""minivllm's kernels as PyTorch ops; usable without the engine (`import minivllm.ops` needs torch alone).
+
+Each op is registered under `torch.ops.minivllm`, has a PyTorch reference that defines its meaning, and composes with
+`torch.compile`. The first import compiles the CPU kernels, and the CUDA kernels where there is a GPU; later imports
+load them from a cache (see `build_info`). `MINIVLLM_OPS=reference` runs the references instead.
+"""
+
+from __future__ import annotations
+
+from minivllm.ops._load import BuildInfo
+from minivllm.ops._load import load as _load
+from minivllm.ops._register import served_by
+from minivllm.ops._toolchain import BuildError
+from minivllm.ops.attention import flash_attention, paged_attention
+from minivllm.ops.rms_norm import fused_add_rms_norm, rms_norm
+from minivllm.ops.rope import apply_rope, rope_cos_sin_cache
+from minivllm.ops.sample import sample
+from minivllm.ops.silu_and_mul import silu_and_mul
+from minivllm.ops.store_kv import store_kv
+
+__all__ = [
+    "BuildError",
+    "BuildInfo",
+    "apply_rope",
+    "build_info",
+    "flash_attention",
+    "fused_add_rms_norm",
+    "paged_attention",
+    "rms_norm",
+    "rope_cos_sin_cache",
+    "sample",
+    "served_by",
+    "silu_and_mul",
+    "store_kv",
+]
+
+_info = _load()
+
+
+def build_info() -> BuildInfo:
+    """What serves the ops in this process: compiled kernels or references, from where, and why not more."""
+    return _info

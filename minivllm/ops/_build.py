@@ -1,0 +1,213 @@
+"""Compiles the kernels once, with progress, under a lock that a killed builder cannot leave behind.
+
+`torch.utils.cpp_extension.load` does the compiling. Its own lock is a plain file that outlives its owner, so ours is an
+`flock` on a file beside the build folder (the kernel drops it with the process), and `done.json` is written last and
+atomically: a folder without it is an interrupted build and is started again. Imported only when there is something to
+build.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import re
+import subprocess
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from torch.utils import cpp_extension
+
+from minivllm.ops._toolchain import (
+    CPU_FLAGS,
+    CSRC,
+    CUDA_DEFINES,
+    CUDA_FLAGS,
+    BuildError,
+    Nvcc,
+    Target,
+    gencode,
+    sources,
+)
+
+DONE = "done.json"
+_NAME = "minivllm_kernels"
+_console = Console(stderr=True)
+
+
+def build(target: Target, folder: Path, *, verbose: bool = False, force: bool = False) -> Path:
+    """Compile `target` into `folder` unless another process has done so meanwhile; returns the library's path.
+
+    Raises:
+        BuildError: no compiler, an nvcc that does not fit torch, or a failed compilation (the compiler's words
+        included).
+    """
+    _require_tools(target)
+    folder.mkdir(parents=True, exist_ok=True)
+    with _locked(folder):
+        library = finished(folder)
+        if library is not None and not force:
+            return library
+        start = time.monotonic()
+        (folder / DONE).unlink(missing_ok=True)
+        (folder / "lock").unlink(missing_ok=True)  # torch's own lock file, left by a builder that was killed
+        _compile(target, folder, verbose)
+        library = folder / f"{_NAME}.so"
+        _write_done(folder, library, target, time.monotonic() - start)
+        return library
+
+
+def finished(folder: Path) -> Path | None:
+    """The library in a build folder, or None when its build never finished."""
+    library = folder / f"{_NAME}.so"
+    return library if (folder / DONE).is_file() and library.is_file() else None
+
+
+def _require_tools(target: Target) -> None:
+    if target.cxx is None:
+        name = os.environ.get("CXX", "c++")
+        raise BuildError(
+            f"no C++ compiler: `{name}` is not on PATH. Install g++ (Debian, Ubuntu: apt install g++) or set CXX"
+        )
+    if not target.archs:
+        return
+    if target.nvcc is None:
+        raise BuildError(
+            "no CUDA compiler: nvcc is neither under CUDA_HOME, nor on PATH, nor installed from PyPI. "
+            "Run `pip install 'minivllm[cuda]'` or set CUDA_HOME"
+        )
+    _require_same_cuda(target.nvcc)
+
+
+def _require_same_cuda(nvcc: Nvcc) -> None:
+    text = subprocess.run([nvcc.path, "--version"], capture_output=True, text=True, check=False).stdout
+    match = re.search(r"release (\d+)\.(\d+)", text)
+    if match is None:
+        raise BuildError(f"{nvcc.path} (found by {nvcc.found_by}) does not answer --version like nvcc")
+    wanted = (torch.version.cuda or "none").split(".")[0]
+    if torch.version.cuda is None or match.group(1) != wanted:
+        raise BuildError(
+            f"{nvcc.path} (found by {nvcc.found_by}) is CUDA {match.group(1)}.{match.group(2)}, but torch "
+            f"{torch.__version__} was built with CUDA {torch.version.cuda}. Set CUDA_HOME to a CUDA {wanted} toolkit"
+        )
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    with open(folder.with_name(folder.name + ".lock"), "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            _console.print("minivllm: another process is compiling the kernels; waiting for it")
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _compile(target: Target, folder: Path, verbose: bool) -> None:
+    files = sources(bool(target.archs))
+    arguments: dict[str, object] = {
+        "name": _NAME,
+        "sources": [str(path) for path in files],
+        "extra_cflags": [*CPU_FLAGS, *(CUDA_DEFINES if target.archs else ())],
+        "extra_include_paths": [str(CSRC)],
+        "build_directory": str(folder),
+        "is_python_module": False,
+        "verbose": verbose,
+        "with_cuda": bool(target.archs),
+    }
+    if target.archs:
+        assert target.nvcc is not None
+        arguments["extra_cuda_cflags"] = [*CUDA_FLAGS, *(gencode(arch) for arch in target.archs)]
+        arguments["extra_ldflags"] = [f"-L{_cudart_folder(target.nvcc, folder)}"]
+    what = "CPU" if not target.archs else "CPU and CUDA " + ", ".join(target.archs)
+    with (
+        _cuda_home(target.nvcc),
+        _progress(folder, len(files), f"compiling {len(files)} kernel files for {what}", verbose),
+    ):
+        try:
+            cpp_extension.load(**arguments)  # type: ignore[arg-type]
+        except (RuntimeError, OSError, subprocess.SubprocessError) as error:
+            raise BuildError(f"compiling the kernels failed in {folder}:\n{error}") from error
+
+
+def _cudart_folder(nvcc: Nvcc, folder: Path) -> Path:
+    """Where the linker finds libcudart.so; the PyPI wheels have only a versioned file, which gets a link of the plain
+    name."""
+    for name in ("lib64", "lib"):
+        if (nvcc.home / name / "libcudart.so").exists():
+            return nvcc.home / name
+    versioned = sorted(nvcc.home.glob("lib*/libcudart.so.*"))
+    if not versioned:
+        raise BuildError(f"no libcudart.so under {nvcc.home}; install the CUDA runtime (pip install 'minivllm[cuda]')")
+    links = folder / "link"
+    links.mkdir(exist_ok=True)
+    link = links / "libcudart.so"
+    link.unlink(missing_ok=True)
+    link.symlink_to(versioned[0])
+    return links
+
+
+@contextlib.contextmanager
+def _cuda_home(nvcc: Nvcc | None) -> Iterator[None]:
+    """Makes cpp_extension use the compiler that we found; it reads CUDA_HOME once, at its import."""
+    before = cpp_extension.CUDA_HOME
+    if nvcc is not None:
+        cpp_extension.CUDA_HOME = str(nvcc.home)
+    try:
+        yield
+    finally:
+        cpp_extension.CUDA_HOME = before
+
+
+@contextlib.contextmanager
+def _progress(folder: Path, num_files: int, what: str, verbose: bool) -> Iterator[None]:
+    """A line that counts object files and seconds on a terminal, two plain lines elsewhere, nothing beside a verbose
+    build."""
+    start = time.monotonic()
+    if verbose or not _console.is_terminal:
+        _console.print(f"minivllm: {what} (once; later imports load them from the cache)", highlight=False)
+        yield
+        _console.print(f"minivllm: compiled in {time.monotonic() - start:.1f} s", highlight=False)
+        return
+    for stale in folder.glob("*.o"):
+        stale.unlink()
+    stop = threading.Event()
+    columns = (SpinnerColumn(), TextColumn("minivllm: {task.description}"), BarColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=_console, transient=True) as progress:
+        task = progress.add_task(f"{what} (once)", total=num_files + 1)
+
+        def watch() -> None:
+            while not stop.wait(0.2):
+                progress.update(task, completed=len(list(folder.glob("*.o"))))
+
+        watcher = threading.Thread(target=watch, daemon=True)
+        watcher.start()
+        try:
+            yield
+        finally:
+            stop.set()
+            watcher.join()
+    _console.print(f"minivllm: {what}: {time.monotonic() - start:.1f} s", highlight=False)
+
+
+def _write_done(folder: Path, library: Path, target: Target, seconds: float) -> None:
+    for stale in folder.glob("*.o"):
+        stale.unlink()
+    facts = {
+        "torch": torch.__version__,
+        "kind": target.kind,
+        "archs": list(target.archs),
+        "cxx": str(target.cxx),
+        "nvcc": str(target.nvcc.path) if target.nvcc else None,
+        "seconds": round(seconds, 1),
+        "bytes": library.stat().st_size,
+    }
+    temporary = folder / f"{DONE}.tmp"
+    temporary.write_text(json.dumps(facts, indent=1), encoding="utf-8")
+    os.replace(temporary, folder / DONE)

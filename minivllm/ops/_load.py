@@ -1,0 +1,114 @@
+"""Finds the compiled kernels at import, builds them if there are none yet, and remembers what serves the ops.
+
+Order: CPU and CUDA kernels where this machine has a GPU, else CPU kernels alone, else the PyTorch references. Each step
+down is one warning that says why and how to fix it; the ops stay the same.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+import tempfile
+import warnings
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from minivllm.ops._toolchain import BuildError, Target, cache_key, cuda_archs, find_cxx, find_nvcc
+
+
+@dataclass(frozen=True)
+class BuildInfo:
+    """What serves the ops in this process."""
+
+    kind: str  # "cuda" (CPU and CUDA kernels), "cpu" or "reference"
+    reason: str = ""  # why not more: empty when nothing is missing
+    library: Path | None = None
+    facts: dict[str, object] = field(default_factory=dict)  # done.json of the build: compilers, architectures, seconds
+
+
+def load() -> BuildInfo:
+    """Load the kernels, building them first if needed. Called once, by `import minivllm.ops`."""
+    mode = os.environ.get("MINIVLLM_OPS", "auto")
+    if mode not in ("auto", "reference"):
+        raise BuildError(f"MINIVLLM_OPS={mode!r} is not known; use auto or reference")
+    if mode == "reference":
+        return BuildInfo("reference", "MINIVLLM_OPS=reference")
+    reasons: list[str] = []
+    for target in _targets():
+        try:
+            library = compile_target(target)
+            torch.ops.load_library(library)
+        except (BuildError, OSError) as error:
+            reasons.append(str(error))
+            served = "the CPU kernels alone" if target.archs else "the PyTorch references (slow)"
+            warnings.warn(f"minivllm.ops runs with {served}: {error}", RuntimeWarning, stacklevel=3)
+            continue
+        facts = json.loads(library.with_name("done.json").read_text(encoding="utf-8"))
+        return BuildInfo(target.kind, "; ".join(reasons), library, facts)
+    return BuildInfo("reference", "; ".join(reasons))
+
+
+def compile_target(target: Target, *, verbose: bool = False, force: bool = False) -> Path:
+    """Path of the compiled library for `target`, from the cache or built now.
+
+    Raises:
+        BuildError: it is not in the cache and cannot be built.
+    """
+    content, tools = cache_key(target)
+    if not force:
+        # Without a compiler any library of the same content will do: an image may have been built with one that is
+        # gone.
+        pattern = f"{content}-*" if target.cxx is None else f"{content}-{tools}"
+        for root in (_configured_root(), _private_temporary()):
+            for done in root.glob(f"{pattern}/done.json"):
+                if (library := done.with_name("minivllm_kernels.so")).is_file():
+                    return library
+    from minivllm.ops import _build
+
+    return _build.build(target, writable_root() / f"{content}-{tools}", verbose=verbose, force=force)
+
+
+def default_target() -> Target:
+    """The library that this machine should have."""
+    archs = cuda_archs()
+    return Target(find_cxx(), find_nvcc() if archs else None, archs)
+
+
+def _targets() -> list[Target]:
+    best = default_target()
+    return [best, Target(best.cxx, None, ())] if best.archs else [best]
+
+
+def _configured_root() -> Path:
+    """Folder of compiled libraries: $MINIVLLM_CACHE_DIR, else $XDG_CACHE_HOME/minivllm, else ~/.cache/minivllm."""
+    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "minivllm"
+    return Path(os.environ.get("MINIVLLM_CACHE_DIR") or base) / "kernels"
+
+
+def writable_root() -> Path:
+    """The configured cache folder, or a private temporary one, with a warning, where that cannot be written."""
+    root = _configured_root()
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=root):
+            return root
+    except OSError as error:
+        fallback = _private_temporary()
+        fallback.mkdir(mode=0o700, exist_ok=True)
+        message = f"minivllm cannot write its cache folder {root} ({error.strerror}); compiled kernels go to {fallback}"
+        warnings.warn(f"{message}. Set MINIVLLM_CACHE_DIR to a writable folder", RuntimeWarning, stacklevel=5)
+        return fallback
+
+
+def _private_temporary() -> Path:
+    """A folder that no other user can have put a library into: ours by name, or a fresh one where the name is taken."""
+    folder = Path(tempfile.gettempdir()) / f"minivllm-{os.getuid()}"
+    try:
+        facts = folder.lstat()
+    except FileNotFoundError:
+        return folder
+    private = stat.S_ISDIR(facts.st_mode) and facts.st_uid == os.getuid() and not facts.st_mode & 0o077
+    return folder if private else Path(tempfile.mkdtemp(prefix="minivllm-"))

@@ -1,0 +1,71 @@
+"""The paged KV cache: two tensors a layer, and how many blocks of them a device can hold.
+
+Layout of each tensor: [num_blocks, num_kv_heads, block_size, head_dim], as `minivllm.ops.store_kv` documents it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from minivllm.config import ModelConfig
+from minivllm.errors import ConfigError
+
+# On a CPU the cache shares the memory with everything else; pages that are never written cost nothing.
+CPU_CACHE_BYTES = 4 << 30
+
+
+class LayerKV(NamedTuple):
+    """One layer's keys and values, each [num_blocks, num_kv_heads, block_size, head_dim]."""
+
+    k: Tensor
+    v: Tensor
+
+
+@dataclass(frozen=True)
+class KVCache:
+    """Keys and values of all layers. Unwritten slots hold anything; attention never reads them."""
+
+    layers: list[LayerKV]
+    num_blocks: int
+    block_size: int
+
+    @classmethod
+    def allocate(
+        cls, config: ModelConfig, num_blocks: int, block_size: int, *, dtype: torch.dtype, device: torch.device
+    ) -> KVCache:
+        shape = (num_blocks, config.num_key_value_heads, block_size, config.head_dim)
+
+        def tensor() -> Tensor:
+            return torch.empty(shape, dtype=dtype, device=device)
+
+        return cls([LayerKV(tensor(), tensor()) for _ in range(config.num_hidden_layers)], num_blocks, block_size)
+
+
+def block_bytes(config: ModelConfig, block_size: int, dtype: torch.dtype) -> int:
+    """Bytes of one block in all layers, keys and values."""
+    per_token = config.num_hidden_layers * 2 * config.num_key_value_heads * config.head_dim * dtype.itemsize
+    return per_token * block_size
+
+
+def blocks_that_fit(
+    free_bytes: int, bytes_per_block: int, most_useful: int, max_model_len: int, block_size: int
+) -> int:
+    """How many blocks to allocate from `free_bytes`; more than `most_useful` could never be filled.
+
+    Raises:
+        ConfigError: not even one sequence of max_model_len fits.
+    """
+    fitting = min(free_bytes // bytes_per_block, most_useful)
+    needed = -(-max_model_len // block_size)
+    if fitting < needed:
+        missing = (needed * bytes_per_block - max(free_bytes, 0)) / 2**30
+        raise ConfigError(
+            f"the KV cache of one sequence of max_model_len={max_model_len} tokens needs {needed} blocks, but only "
+            f"{max(fitting, 0)} fit ({missing:.2f} GiB are missing). Lower max_model_len to "
+            f"{max(fitting, 0) * block_size} or raise gpu_memory_utilization"
+        )
+    return fitting

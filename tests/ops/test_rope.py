@@ -1,0 +1,191 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from minivllm import ops
+from minivllm.ops.rope import apply_rope_reference
+from tests.ops.support import DEVICES, FLOAT_DTYPES, assert_close_to_exact, generator, randn
+
+MAX_POSITION = 262_144
+
+
+@pytest.fixture(scope="module")
+def long_table() -> Tensor:
+    return ops.rope_cos_sin_cache(128, MAX_POSITION, 1e6)
+
+
+def exact_rope(x: Tensor, positions: Tensor, rotary_dim: int, theta: float, interleaved: bool) -> Tensor:
+    """x: [num_tokens, heads, head_dim]; every pair as a complex number times e^(i angle), in float64."""
+    x = x.double()
+    frequencies = theta ** -(torch.arange(0, rotary_dim, 2, dtype=torch.float64) / rotary_dim)
+    angles = torch.outer(positions.cpu().double(), frequencies).to(x.device)
+    turn = torch.polar(torch.ones_like(angles), angles).unsqueeze(1)
+    rotary, rest = x[..., :rotary_dim], x[..., rotary_dim:]
+    if interleaved:
+        turned = torch.view_as_real(torch.view_as_complex(rotary.contiguous().unflatten(-1, (-1, 2))) * turn).flatten(-2)
+    else:
+        a, b = rotary.chunk(2, dim=-1)
+        product = torch.complex(a, b) * turn
+        turned = torch.cat((product.real, product.imag), dim=-1)
+    return torch.cat((turned, rest), dim=-1)
+
+
+def packed_qkv(
+    tokens: int, heads: int, kv_heads: int, head_dim: int, seed: int, dtype: torch.dtype, device: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """q and k as views of one packed tensor, and that tensor."""
+    packed = randn(tokens, (heads + 2 * kv_heads) * head_dim, seed=seed, dtype=dtype, device=device)
+    q = packed[:, : heads * head_dim].unflatten(-1, (heads, head_dim))
+    k = packed[:, heads * head_dim : (heads + kv_heads) * head_dim].unflatten(-1, (kv_heads, head_dim))
+    return q, k, packed
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", FLOAT_DTYPES)
+@pytest.mark.parametrize("interleaved", (False, True))
+@pytest.mark.parametrize(("head_dim", "rotary_dim"), ((2, 2), (64, 64), (128, 128), (80, 32), (96, 6), (128, 34)))
+@pytest.mark.parametrize("tokens", (0, 1, 37))
+def test_rope_of_packed_qkv_matches_float64(
+    device: str, dtype: torch.dtype, interleaved: bool, head_dim: int, rotary_dim: int, tokens: int, seed: int
+) -> None:
+    q, k, packed = packed_qkv(tokens, 3, 2, head_dim, seed, dtype, device)
+    before = packed.clone()
+    positions = torch.randint(0, 4096, (tokens,), generator=generator(seed)).to(device)
+    table = ops.rope_cos_sin_cache(rotary_dim, 4096, 10000.0, device=device)
+    exact_q, exact_k = (exact_rope(x, positions, rotary_dim, 10000.0, interleaved) for x in (q, k))
+    reference_q, reference_k = q.clone(), k.clone()
+    apply_rope_reference(reference_q, reference_k, positions, table, interleaved=interleaved)
+    ops.apply_rope(q, k, positions, table, interleaved=interleaved)
+    assert_close_to_exact(q, exact_q, reference_q)
+    assert_close_to_exact(k, exact_k, reference_k)
+    untouched = 5 * head_dim
+    assert torch.equal(packed[:, untouched:], before[:, untouched:])  # the values
+    assert torch.equal(q[..., rotary_dim:], before[:, : 3 * head_dim].unflatten(-1, (3, head_dim))[..., rotary_dim:])
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("index_dtype", (torch.int32, torch.int64))
+def test_long_positions_stay_exact(device: str, index_dtype: torch.dtype, long_table: Tensor, seed: int) -> None:
+    edges = torch.tensor([0, 1, 65_535, 131_071, 200_003, MAX_POSITION - 1])
+    positions = torch.cat((edges, torch.randint(0, MAX_POSITION, (26,), generator=generator(seed))))
+    q = randn(len(positions), 2, 128, seed=seed, dtype=torch.float32, device=device)
+    k = randn(len(positions), 1, 128, seed=seed + 1, dtype=torch.float32, device=device)
+    exact_q, exact_k = (exact_rope(x, positions, 128, 1e6, False) for x in (q, k))
+    ops.apply_rope(q, k, positions.to(device, index_dtype), long_table.to(device))
+    # A table of float32 angles would be wrong by up to 262144 * 2^-24 = 0.016.
+    assert (q - exact_q).abs().max().item() < 2e-6
+    assert (k - exact_k).abs().max().item() < 2e-6
+
+
+def test_table_is_float64_rounded_once(long_table: Tensor) -> None:
+    assert long_table.shape == (MAX_POSITION, 128) and long_table.dtype == torch.float32
+    for position in (0, 1, 16_383, 16_384, 16_385, MAX_POSITION - 1):
+        for i in (0, 1, 31, 63):
+            angle = position * 1e6 ** (-2 * i / 128)
+            assert long_table[position, i].item() == pytest.approx(math.cos(angle), abs=3e-8)
+            assert long_table[position, 64 + i].item() == pytest.approx(math.sin(angle), abs=3e-8)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_token_does_not_depend_on_its_neighbours(device: str, seed: int) -> None:
+    table = ops.rope_cos_sin_cache(64, 512, device=device)
+    positions = torch.randint(0, 512, (300,), generator=generator(seed)).to(device)
+    q, k, packed = packed_qkv(300, 4, 2, 64, seed, torch.bfloat16, device)
+    alone = packed[77:78].clone()
+    ops.apply_rope(q, k, positions, table)
+    alone_q, alone_k = alone[:, :256].unflatten(-1, (4, 64)), alone[:, 256:384].unflatten(-1, (2, 64))
+    ops.apply_rope(alone_q, alone_k, positions[77:78], table)
+    assert torch.equal(alone, packed[77:78])
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", FLOAT_DTYPES)
+@pytest.mark.parametrize("interleaved", (False, True))
+def test_opcheck(device: str, dtype: torch.dtype, interleaved: bool, seed: int) -> None:
+    q = randn(5, 4, 64, seed=seed, dtype=dtype, device=device)
+    k = randn(5, 2, 64, seed=seed + 1, dtype=dtype, device=device)
+    positions = torch.tensor([0, 7, 3, 3, 9], device=device)
+    table = ops.rope_cos_sin_cache(32, 10, device=device)
+    op = torch.ops.minivllm.apply_rope.default
+    torch.library.opcheck(op, (q, k, positions, table), {"interleaved": interleaved})
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_composes_with_torch_compile(device: str, seed: int) -> None:
+    table = ops.rope_cos_sin_cache(64, 100, device=device)
+    positions = torch.tensor([4, 99, 0], device=device)
+
+    def block(packed: Tensor) -> Tensor:
+        packed = packed * 2
+        q, k = packed[:, :256].unflatten(-1, (4, 64)), packed[:, 256:384].unflatten(-1, (2, 64))
+        ops.apply_rope(q, k, positions, table)
+        return torch.cat((q.flatten(1), k.flatten(1)), dim=1) + 1
+
+    packed = randn(3, 512, seed=seed, dtype=torch.float32, device=device)
+    torch.testing.assert_close(torch.compile(block, fullgraph=True)(packed), block(packed))
+
+
+def good_arguments(device: str) -> dict[str, Tensor]:
+    return {
+        "q": torch.ones(3, 4, 8, device=device),
+        "k": torch.ones(3, 2, 8, device=device),
+        "positions": torch.tensor([0, 1, 2], device=device),
+        "cos_sin_cache": torch.ones(16, 8, device=device),
+    }
+
+
+BAD = {
+    "q is a matrix": ("q", lambda t: t.flatten(1), r"q has shape \[3, 32\]"),
+    "q of int": ("q", lambda t: t.int(), "q has dtype"),
+    "q strided": ("q", lambda t: t.new_ones(3, 8, 4).transpose(1, 2), "q must be contiguous in its last dimension"),
+    "k of another dtype": ("k", lambda t: t.half(), "k has dtype"),
+    "k of another head_dim": ("k", lambda t: t[..., :6].contiguous(), r"k has shape \[3, 2, 6\]"),
+    "too few positions": ("positions", lambda t: t[:2], r"positions has shape \[2\], expected \[num_tokens\]"),
+    "float positions": ("positions", lambda t: t.float(), "positions has dtype"),
+    "odd rotary_dim": ("cos_sin_cache", lambda t: t[:, :7].contiguous(), "rotary_dim=7, expected an even number up to head_dim=8"),
+    "large rotary_dim": ("cos_sin_cache", lambda t: t.new_ones(16, 10), "rotary_dim=10, expected an even number"),
+    "half table": ("cos_sin_cache", lambda t: t.half(), "cos_sin_cache has dtype"),
+}
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_named(device: str, case: str) -> None:
+    name, change, message = BAD[case]
+    arguments = good_arguments(device)
+    arguments[name] = change(arguments[name])
+    with pytest.raises(RuntimeError, match=message):
+        ops.apply_rope(**arguments)
+
+
+@pytest.mark.parametrize("bad", (-1, 16, 2**40))
+@pytest.mark.parametrize("implementation", (ops.apply_rope, apply_rope_reference))
+def test_a_position_outside_the_table_is_an_error_and_writes_nothing(bad: int, implementation) -> None:  # type: ignore[no-untyped-def]
+    arguments = good_arguments("cpu")
+    arguments["positions"] = torch.tensor([0, bad, 1])
+    with pytest.raises(RuntimeError, match=rf"positions holds {bad}, expected 0 to 15"):
+        implementation(**arguments)
+    assert torch.equal(arguments["q"], torch.ones(3, 4, 8))
+
+
+@pytest.mark.parametrize(("rotary_dim", "max_position", "theta"), ((7, 4, 1e4), (0, 4, 1e4), (8, 0, 1e4), (8, 4, 0.0), (8, 4, math.nan)))
+def test_bad_tables_are_refused(rotary_dim: int, max_position: int, theta: float) -> None:
+    with pytest.raises(RuntimeError, match="minivllm::rope_cos_sin_cache: "):
+        ops.rope_cos_sin_cache(rotary_dim, max_position, theta)
+
+
+@pytest.mark.gpu
+def test_reference_needs_no_sync_on_cuda(seed: int) -> None:
+    table = ops.rope_cos_sin_cache(64, 100, device="cuda")
+    q, k, _ = packed_qkv(3, 4, 2, 64, seed, torch.bfloat16, "cuda")
+    positions = torch.tensor([4, 99, 0], device="cuda")
+    ops.apply_rope(q, k, positions, table)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        ops.apply_rope(q, k, positions, table)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
