@@ -58,7 +58,7 @@ def read_corpus(path: Path) -> dict[str, str]:
 
 
 def _unwrap(block: list[str]) -> list[str]:
-    """Paragraphs of one block of lines: a line that ends a sentence early, or before a new speaker, ends a paragraph."""
+    """Paragraphs of one block of lines: a sentence's end ends one if the line is short or a speaker follows."""
     widest = max(map(len, block))
     paragraphs: list[str] = []
     for previous, line in zip(["", *block], block, strict=False):
@@ -72,7 +72,7 @@ def _unwrap(block: list[str]) -> list[str]:
 
 def _is_prose(paragraph: str) -> bool:
     letters = [c for c in paragraph if c.isalpha()]
-    if len(letters) < 2 or sum(c.isupper() for c in letters) > 0.4 * len(letters) and len(letters) > 3:
+    if len(letters) < 2 or (sum(c.isupper() for c in letters) > 0.4 * len(letters) and len(letters) > 3):
         return False
     if re.match(r"\[|(chapter|volume|book|part)\s+[ivxlc\d]+\b", paragraph, re.IGNORECASE):
         return False

@@ -45,7 +45,7 @@ class RMSNorm(nn.Module):
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary embedding on the halves of head_dim. x: [batch, heads, tokens, head_dim]; cos, sin: [tokens, head_dim/2]."""
+    """Rotary embedding by halves. x: [batch, heads, tokens, head_dim]; cos, sin: [tokens, head_dim / 2]."""
     left, right = x.float().chunk(2, dim=-1)
     return torch.cat((left * cos - right * sin, right * cos + left * sin), dim=-1).to(x.dtype)
 

@@ -8,181 +8,43 @@ from __future__ import annotations
 
 import json
 import os
-import random
+import shutil
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import click
-import numpy as np
 import torch
 from click.core import ParameterSource
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
+from tiny_batches import Data, Sampler, Settings, prepare
 from tiny_card import write_card
-from tiny_data import (
-    NUM_RANKS,
-    SPECIAL_TOKENS,
-    Book,
-    PackJob,
-    encode_documents,
-    load_books,
-    load_ranks,
-    make_encoding,
-    pack_in_parallel,
-    save_ranks,
-    story_passages,
-    train_ranks,
-)
+from tiny_data import encode_documents, make_encoding
 from tiny_export import judge, next_token_loss, round_to_bfloat16, write_folder
 from tiny_net import Muon, NetConfig, TinyQwen3
-from tiny_tasks import train_dialogue
 
-NOT_RECIPE = {"corpus", "out", "work", "resume", "workers", "log_every", "save_minutes", "tasks_per_kind", "device"}
-
-
-@dataclass(frozen=True)
-class Settings:
-    """Everything that decides the result, besides the corpus."""
-
-    seed: int
-    steps: int
-    minutes: float
-    batch: int
-    length: int
-    lr: float
-    adam_lr: float
-    weight_decay: float
-    dropout: float
-    warmup: float
-    decay: float
-    prose_share: float
-    story_share: float
-    final_story_share: float
-    task_weight: float
-    dialogue_windows: int
-    talk_share: float
-    talk_story_share: float
-
-
-@dataclass(frozen=True)
-class Data:
-    """What training draws from; `prose` holds the stories first, then the novels."""
-
-    ranks: dict[bytes, int]
-    prose: Tensor
-    num_story_tokens: int
-    story_starts: Tensor
-    windows: Tensor
-    mask: Tensor
-    held_out: dict[str, list[str]]
-    facts: dict[str, Any]
-
-
-def prepare(corpus: Path, work: Path, settings: Settings, workers: int, device: torch.device) -> Data:
-    """Clean the books, learn the tokenizer, encode the prose and make the dialogues."""
-    started = time.perf_counter()
-    books = load_books(corpus)
-    documents = {story: [d for b in books if b.is_story == story for d in b.documents] for story in (True, False)}
-    ranks = _ranks(work / "tokenizer.tiktoken", documents, settings.seed)
-    encoding = make_encoding(ranks)
-    stories, starts = encode_documents(encoding, documents[True])
-    novels, _ = encode_documents(encoding, documents[False])
-    openings, _ = story_passages([d for b in books if "fairytale" in b.name for d in b.documents])
-    _, passages = story_passages(documents[True] + documents[False])
-    job = PackJob(
-        str(settings.seed), settings.dialogue_windows, settings.length + 1, settings.talk_share, settings.talk_story_share, ranks,
-        openings, passages,
-    )  # fmt: skip
-    windows, mask = pack_in_parallel(job, workers)
-    click.echo(
-        f"data: {len(stories):,} story tokens, {len(novels):,} novel tokens, {windows.size:,} dialogue tokens "
-        f"({mask.mean():.0%} answers), {len(passages):,} passages, {time.perf_counter() - started:.0f} s"
-    )
-    return Data(
-        ranks,
-        torch.from_numpy(np.concatenate([stories, novels]).astype(np.int16)).to(device),
-        len(stories),
-        torch.from_numpy(starts),
-        torch.from_numpy(windows.astype(np.int16)).to(device),
-        torch.from_numpy(mask).to(device),
-        _held_out(books),
-        _corpus_facts(books, documents),
-    )
-
-
-def _ranks(path: Path, documents: dict[bool, list[str]], seed: int) -> dict[bytes, int]:
-    if path.exists():
-        return load_ranks(path)
-    rng = random.Random(seed)
-    dialogues = (m["content"] for _ in range(20000) for m in train_dialogue(rng))
-    ranks, _ = train_ranks([*documents[True] * 2, *documents[False], *dialogues])
-    save_ranks(ranks, path)
-    return ranks
-
-
-def _held_out(books: list[Book]) -> dict[str, list[str]]:
-    groups: dict[str, list[str]] = {"unseen fairy tales": [], "ends of simple prose": [], "ends of novels": []}
-    for book in books:
-        name = (
-            "unseen fairy tales"
-            if not book.documents
-            else "ends of simple prose"
-            if book.is_story
-            else "ends of novels"
-        )
-        groups[name] += book.held_out.split("<|endoftext|>")
-    return {name: texts for name, texts in groups.items() if any(texts)}
-
-
-def _corpus_facts(books: list[Book], documents: dict[bool, list[str]]) -> dict[str, Any]:
-    return {
-        "books": sum("fairytale" not in book.name for book in books),
-        "story_bytes": sum(len(d.encode()) for d in documents[True]) / 1e6,
-        "novel_bytes": sum(len(d.encode()) for d in documents[False]) / 1e6,
-    }
-
-
-class Sampler:
-    """Draws the batch of a step from the seed and the step number alone."""
-
-    def __init__(self, data: Data, settings: Settings) -> None:
-        self.data, self.settings = data, settings
-        self.prose_rows = round(settings.batch * settings.prose_share)
-
-    def draw(self, step: int, progress: float) -> tuple[Tensor, Tensor]:
-        """Ids [batch, length + 1] and loss weights [batch, length] whose sums are 1 for prose, task_weight for tasks."""
-        s, data = self.settings, self.data
-        random = torch.Generator().manual_seed(s.seed * 1_000_003 + step)
-        story_share = s.final_story_share if progress > 1 - s.decay else s.story_share
-        starts = self._prose_starts(random, story_share)[:, None] + torch.arange(s.length + 1)
-        rows = torch.randint(len(data.windows), (s.batch - self.prose_rows,), generator=random)
-        device = data.prose.device
-        prose = data.prose[starts.to(device, non_blocking=True)]
-        rows = rows.to(device, non_blocking=True)
-        weights = torch.full((s.batch, s.length), 1 / (self.prose_rows * s.length), device=device)
-        answers = data.mask[rows][:, 1:].float()
-        weights[self.prose_rows :] = answers * (s.task_weight / answers.sum().clamp(min=1))
-        return torch.cat((prose, data.windows[rows])).long(), weights
-
-    def _prose_starts(self, random: torch.Generator, story_share: float) -> Tensor:
-        """Random offsets; one story window in sixteen begins where a story does, with or without <|endoftext|>."""
-        data, count, span = self.data, self.prose_rows, self.settings.length + 1
-        u = torch.rand(count, 3, generator=random, dtype=torch.float64)
-        story = (u[:, 1] * max(1, data.num_story_tokens - span)).long()
-        begin = data.story_starts[(u[:, 1] * len(data.story_starts)).long()] + (u[:, 2] * 32).long() % 2
-        story = torch.where(u[:, 2] < 1 / 16, begin.clamp(max=len(data.prose) - span), story)
-        novels = len(data.prose) - data.num_story_tokens
-        novel = data.num_story_tokens + (u[:, 1] * max(1, novels - span)).long()
-        return torch.where(u[:, 0] < story_share, story, novel)
+RECORD = "training.json"
+NOT_RECIPE = {
+    "corpus",
+    "out",
+    "work",
+    "resume",
+    "init",
+    "workers",
+    "log_every",
+    "save_minutes",
+    "tasks_per_kind",
+    "device",
+}
 
 
 class Trainer:
@@ -314,16 +176,15 @@ def train(trainer: Trainer, data: Data, checkpoint: Path, log_every: int, save_m
     trainer.save(checkpoint)
 
 
-def finish(trainer: Trainer, config: NetConfig, data: Data, out: Path, per_kind: int) -> None:
-    """Round, judge and write the model folder."""
+def finish(
+    trainer: Trainer, config: NetConfig, data: Data, out: Path, per_kind: int, earlier: list[dict[str, Any]]
+) -> None:
+    """Round, judge and write the model folder; `earlier` holds the facts of the runs that this one went on from."""
     settings, model = trainer.settings, trainer.model
     round_to_bfloat16(model)
-    results = judge(model, make_encoding(data.ranks), data.held_out, per_kind, settings.length)
+    results = {"per_kind": per_kind} | judge(model, make_encoding(data.ranks), data.held_out, per_kind, settings.length)
     tokens = trainer.step * settings.batch * settings.length
     run = {
-        "params": sum(p.numel() for p in model.parameters()),
-        "ranks": NUM_RANKS,
-        "specials": len(SPECIAL_TOKENS),
         "command": recipe(click.get_current_context()),
         "tokens": tokens,
         "rate": tokens / trainer.elapsed,
@@ -332,12 +193,13 @@ def finish(trainer: Trainer, config: NetConfig, data: Data, out: Path, per_kind:
         "torch": torch.__version__,
         "prose_loss": trainer.last_losses[0],
         "task_loss": trainer.last_losses[1],
-        "per_kind": per_kind,
     }
     shown = ("seed", "batch", "length", "prose_share", "lr", "weight_decay", "dropout", "decay")
-    facts = run | data.facts | {"steps": trainer.step} | {name: getattr(settings, name) for name in shown}
-    write_folder(out, model, config, data.ranks, write_card(config, facts, results))
-    click.echo(json.dumps({**facts, **results}, indent=1))
+    stages = [*earlier, run | {"steps": trainer.step} | {name: getattr(settings, name) for name in shown}]
+    record = {"corpus": data.facts, "stages": stages, "results": results}
+    write_folder(out, model, config, data.ranks, write_card(config, record))
+    (out / RECORD).write_text(json.dumps(record, indent=1) + "\n", "utf-8")
+    click.echo(json.dumps(record, indent=1))
 
 
 def recipe(context: click.Context) -> str:
@@ -357,6 +219,7 @@ def recipe(context: click.Context) -> str:
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Model folder to write.")
 @click.option("--work", type=click.Path(path_type=Path), default=Path("tiny_work"), help="Checkpoint and tokenizer.")
 @click.option("--resume/--no-resume", default=False, help="Continue from the checkpoint in --work, if there is one.")
+@click.option("--init", type=click.Path(exists=True, path_type=Path), help="Model folder made here to go on from.")
 @click.option("--seed", default=1)
 @click.option("--steps", default=5000, help="Length of the schedule in steps.")
 @click.option("--minutes", default=600.0, help="Length of the schedule in minutes, if reached before --steps.")
@@ -384,7 +247,7 @@ def recipe(context: click.Context) -> str:
 @click.option("--tasks-per-kind", default=100)
 @click.option("--device", default="cuda" if torch.cuda.is_available() else "cpu")
 def main(
-    corpus: Path, out: Path, work: Path, resume: bool, layers: int, hidden: int, intermediate: int, workers: int,
+    corpus: Path, out: Path, work: Path, resume: bool, init: Path | None, layers: int, hidden: int, intermediate: int, workers: int,
     log_every: int, save_minutes: float, tasks_per_kind: int, device: str, **options: Any,
 ) -> None:  # fmt: skip
     """Train the tiny model and write its folder."""
@@ -392,13 +255,19 @@ def main(
     config = NetConfig(num_hidden_layers=layers, hidden_size=hidden, intermediate_size=intermediate)
     work.mkdir(parents=True, exist_ok=True)
     torch.set_float32_matmul_precision("high")
+    if init:
+        shutil.copy(init / "tokenizer.tiktoken", work)
     data = prepare(corpus, work, settings, workers, torch.device(device))
     trainer = Trainer(config, settings, data, torch.device(device))
+    earlier: list[dict[str, Any]] = []
+    if init:
+        trainer.model.load_state_dict(load_file(init / "model.safetensors"))
+        earlier = json.loads((init / RECORD).read_text("utf-8"))["stages"]
     checkpoint = work / "checkpoint.pt"
     if resume and checkpoint.exists():
         trainer.load(checkpoint)
     train(trainer, data, checkpoint, log_every, save_minutes)
-    finish(trainer, config, data, out, tasks_per_kind)
+    finish(trainer, config, data, out, tasks_per_kind, earlier)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ of a step leaves the two in disagreement, so it ends the engine, loudly.
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from minivllm.cache.block_manager import BlockManager
@@ -55,13 +55,13 @@ class LLMEngine:
             fit. EngineDeadError: an earlier step failed.
         """
         self._require_alive()
+        stop_token_ids = self._checked_ids("stop_token_ids", params.stop_token_ids)
         request = Request(
             request_id=request_id,
-            prompt_token_ids=self._checked_ids(prompt_token_ids),
+            prompt_token_ids=self._checked_ids("prompt_token_ids", prompt_token_ids),
             params=params,
             max_tokens=params.max_tokens,
-            stop_ids=frozenset(params.stop_token_ids)
-            | frozenset(() if params.ignore_eos else self.model_config.eos_token_ids),
+            stop_ids=frozenset(stop_token_ids).union(() if params.ignore_eos else self.model_config.eos_token_ids),
             seed=self._seeds.getrandbits(63) if params.seed is None else params.seed,
         )
         self.scheduler.add(request)
@@ -94,7 +94,7 @@ class LLMEngine:
             kind = type(self._failure).__name__
             raise EngineDeadError(f"the engine stopped in an earlier step ({kind}: {self._failure}); make a new one")
 
-    def _checked_ids(self, ids: Sequence[int]) -> list[int]:
+    def _checked_ids(self, name: str, ids: Iterable[int]) -> list[int]:
         vocab_size = self.model_config.vocab_size
         checked: list[int] = []
         for index, token in enumerate(ids):
@@ -102,5 +102,5 @@ class LLMEngine:
                 checked.append(check_int("id", token, 0, vocab_size - 1, RequestError))
             except RequestError:
                 limit = f"it must be an integer from 0 to {vocab_size - 1}, the model's vocabulary"
-                raise RequestError(f"prompt_token_ids[{index}] is {show(token)}; {limit}") from None
+                raise RequestError(f"{name}[{index}] is {show(token)}; {limit}") from None
         return checked

@@ -135,7 +135,7 @@ class World:
 
     def make(self, length: int, max_tokens: int, *, stop: bool = False) -> Request:
         key = len(self.runner.requests)
-        prompt = [random.Random(key).randrange(1000, 2000) for _ in range(length)]
+        prompt = random.Random(key).choices(range(1000, 2000), k=length)
         params = SamplingParams(max_tokens=max_tokens, temperature=0.5 + key, top_k=key, top_p=0.9, min_p=0.1)
         stop_ids = frozenset({STOP_ID} if stop else ())
         return Request(f"r{key}", prompt, params, max_tokens=max_tokens, stop_ids=stop_ids, seed=key)
@@ -214,3 +214,7 @@ class World:
         else:
             assert (tokens, reasons[-1]) == (all_tokens, reason)
         assert request.slot is None
+        assert (request.first_token_time is None) == (not tokens)
+        times = [request.arrival_time, request.first_token_time, request.finish_time]
+        known = [time for time in times if time is not None]
+        assert known == sorted(known)

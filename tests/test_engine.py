@@ -114,3 +114,11 @@ def test_ids_in_use_are_refused(engine: LLMEngine) -> None:
         engine.add_request("a", [2], GREEDY)
     assert engine.abort("a")
     assert not engine.abort("a")
+
+
+def test_ids_outside_the_vocabulary_are_refused(engine: LLMEngine) -> None:
+    with pytest.raises(RequestError, match=r"prompt_token_ids\[1\] is 199; it must be an integer from 0 to 198"):
+        engine.add_request("a", [1, 199], GREEDY)
+    with pytest.raises(RequestError, match=r"stop_token_ids\[0\] is 500"):
+        engine.add_request("a", [1], SamplingParams(stop_token_ids=[500]))
+    assert not engine.has_unfinished

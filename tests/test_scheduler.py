@@ -49,8 +49,15 @@ class RandomLives(RuleBasedStateMachine):
 
     @precondition(lambda self: self.world.told)
     @rule(data=st.data())
-    def abort(self, data: st.DataObject) -> None:
+    def abort_any(self, data: st.DataObject) -> None:
         self.world.abort(self.world.runner.requests[data.draw(st.integers(0, len(self.world.told) - 1))])
+
+    @precondition(lambda self: self.world.scheduler.num_running)
+    @rule(data=st.data())
+    def abort_running(self, data: st.DataObject) -> None:
+        requests = self.world.runner.requests.values()
+        running = [request for request in requests if request.slot is not None and request.finish_reason is None]
+        self.world.abort(data.draw(st.sampled_from(running[::-1])))  # the youngest is the likeliest to be in its prompt
 
     @precondition(lambda self: len(self.world.out) < self.depth)
     @rule()
@@ -177,6 +184,19 @@ def test_an_end_in_the_middle_drops_what_was_computed_past_it(token: int, reason
     assert [len(world.update()) for _ in range(2)] == [1, 1], "the other request goes on"
     assert request.slot is None
     world.drain()
+
+
+def test_a_stop_token_that_is_also_the_last_is_a_stop() -> None:
+    key, index = first_key_with(STOP_ID)
+    world = World()
+    request = world.make(5, index + 1, stop=True)
+    request.seed = key
+    world.scheduler.add(request)
+    world.runner.requests[key] = request
+    for _ in range(index + 1):
+        world.schedule()
+        told = world.scheduler.update(*world.out.popleft())
+    assert told == [StepOutput(request.request_id, STOP_ID, STOP)]
 
 
 def test_abort_of_a_waiting_request_leaves_at_once() -> None:

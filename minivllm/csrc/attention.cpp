@@ -4,7 +4,7 @@
 #include "common/cpu.h"
 #include "common/kv_cache.h"
 
-#include <limits>
+#include <utility>
 
 namespace minivllm {
 namespace {
@@ -50,7 +50,7 @@ Tensor run(const Tensor& q, Call call) {
   const int64_t used = call.sequences.empty() ? 0 : call.sequences.back().q_begin + call.sequences.back().len_q;
   const int64_t row_bytes = call.num_heads * call.head_dim * static_cast<int64_t>(q.element_size());
   std::memset(static_cast<char*>(call.out) + used * row_bytes, 0, (q.size(0) - used) * row_bytes);
-  dispatch_float(q.scalar_type(), [&](auto* tag) { attention::run<std::remove_pointer_t<decltype(tag)>>(call); });
+  dispatch_float(q.scalar_type(), [&](auto* tag) { attention::run<std::remove_pointer_t<decltype(tag)>>(std::move(call)); });
   return out;
 }
 

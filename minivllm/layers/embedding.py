@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from minivllm.layers.linear import dense
+
 
 class Embedding(nn.Module):
     """Rows of a table: ids [num_tokens] -> [num_tokens, hidden_size]."""
@@ -21,4 +23,4 @@ class Embedding(nn.Module):
 
     def as_head(self, hidden: Tensor) -> Tensor:
         """Logits of a tied head: hidden [num_rows, hidden_size] -> [num_rows, vocab_size]."""
-        return F.linear(hidden, self.weight)
+        return dense(hidden, self.weight)

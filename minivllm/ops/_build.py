@@ -1,9 +1,9 @@
 """Compiles the kernels once, with progress, under a lock that a killed builder cannot leave behind.
 
 `torch.utils.cpp_extension.load` does the compiling. Its own lock is a plain file that outlives its owner, so ours is an
-`flock` on a file beside the build folder (the kernel drops it with the process), and `done.json` is written last and
-atomically: a folder without it is an interrupted build and is started again. Imported only when there is something to
-build.
+`flock` on a file beside the folder of the library (the kernel drops it with the process). Each build has its own folder
+and is renamed into place when complete: compilers that outlive a killed builder write where nobody looks. Imported only
+when there is something to build.
 """
 
 from __future__ import annotations
@@ -13,7 +13,9 @@ import fcntl
 import json
 import os
 import re
+import shutil
 import subprocess
+import sysconfig
 import threading
 import time
 from collections.abc import Iterator
@@ -49,18 +51,21 @@ def build(target: Target, folder: Path, *, verbose: bool = False, force: bool = 
         included).
     """
     _require_tools(target)
-    folder.mkdir(parents=True, exist_ok=True)
+    folder.parent.mkdir(parents=True, exist_ok=True)
     with _locked(folder):
         library = finished(folder)
         if library is not None and not force:
             return library
+        for stale in folder.parent.glob(f"building-{folder.name}-*"):
+            shutil.rmtree(stale, ignore_errors=True)
+        work = folder.with_name(f"building-{folder.name}-{time.time_ns()}")
+        work.mkdir()
         start = time.monotonic()
-        (folder / DONE).unlink(missing_ok=True)
-        (folder / "lock").unlink(missing_ok=True)  # torch's own lock file, left by a builder that was killed
-        _compile(target, folder, verbose)
-        library = folder / f"{_NAME}.so"
-        _write_done(folder, library, target, time.monotonic() - start)
-        return library
+        _compile(target, work, verbose)
+        _write_done(work, target, time.monotonic() - start)
+        shutil.rmtree(folder, ignore_errors=True)
+        work.rename(folder)
+        return folder / f"{_NAME}.so"
 
 
 def finished(folder: Path) -> Path | None:
@@ -128,6 +133,7 @@ def _compile(target: Target, folder: Path, verbose: bool) -> None:
     what = "CPU" if not target.archs else "CPU and CUDA " + ", ".join(target.archs)
     with (
         _cuda_home(target.nvcc),
+        _scripts_on_path(),
         _progress(folder, len(files), f"compiling {len(files)} kernel files for {what}", verbose),
     ):
         try:
@@ -166,6 +172,17 @@ def _cuda_home(nvcc: Nvcc | None) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def _scripts_on_path() -> Iterator[None]:
+    """Makes cpp_extension find the ninja installed beside this Python, whose environment need not be activated."""
+    before = os.environ.get("PATH", os.defpath)
+    os.environ["PATH"] = before + os.pathsep + sysconfig.get_path("scripts")
+    try:
+        yield
+    finally:
+        os.environ["PATH"] = before
+
+
+@contextlib.contextmanager
 def _progress(folder: Path, num_files: int, what: str, verbose: bool) -> Iterator[None]:
     """A line that counts object files and seconds on a terminal, two plain lines elsewhere, nothing beside a verbose
     build."""
@@ -175,8 +192,6 @@ def _progress(folder: Path, num_files: int, what: str, verbose: bool) -> Iterato
         yield
         _console.print(f"minivllm: compiled in {time.monotonic() - start:.1f} s", highlight=False)
         return
-    for stale in folder.glob("*.o"):
-        stale.unlink()
     stop = threading.Event()
     columns = (SpinnerColumn(), TextColumn("minivllm: {task.description}"), BarColumn(), TimeElapsedColumn())
     with Progress(*columns, console=_console, transient=True) as progress:
@@ -196,9 +211,11 @@ def _progress(folder: Path, num_files: int, what: str, verbose: bool) -> Iterato
     _console.print(f"minivllm: {what}: {time.monotonic() - start:.1f} s", highlight=False)
 
 
-def _write_done(folder: Path, library: Path, target: Target, seconds: float) -> None:
-    for stale in folder.glob("*.o"):
-        stale.unlink()
+def _write_done(folder: Path, target: Target, seconds: float) -> None:
+    for compiled in folder.glob("*.o"):
+        compiled.unlink()
+    (built,) = folder.glob("*.so")  # the second build of one process gets a version in its name
+    library = built.rename(folder / f"{_NAME}.so")
     facts = {
         "torch": torch.__version__,
         "kind": target.kind,
@@ -208,6 +225,4 @@ def _write_done(folder: Path, library: Path, target: Target, seconds: float) -> 
         "seconds": round(seconds, 1),
         "bytes": library.stat().st_size,
     }
-    temporary = folder / f"{DONE}.tmp"
-    temporary.write_text(json.dumps(facts, indent=1), encoding="utf-8")
-    os.replace(temporary, folder / DONE)
+    (folder / DONE).write_text(json.dumps(facts, indent=1), encoding="utf-8")

@@ -6,6 +6,7 @@ down is one warning that says why and how to fix it; the ops stay the same.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import stat
@@ -62,7 +63,7 @@ def compile_target(target: Target, *, verbose: bool = False, force: bool = False
         # Without a compiler any library of the same content will do: an image may have been built with one that is
         # gone.
         pattern = f"{content}-*" if target.cxx is None else f"{content}-{tools}"
-        for root in (_configured_root(), _private_temporary()):
+        for root in filter(None, (_configured_root(), _private_temporary())):
             for done in root.glob(f"{pattern}/done.json"):
                 if (library := done.with_name("minivllm_kernels.so")).is_file():
                     return library
@@ -82,33 +83,48 @@ def _targets() -> list[Target]:
     return [best, Target(best.cxx, None, ())] if best.archs else [best]
 
 
-def _configured_root() -> Path:
-    """Folder of compiled libraries: $MINIVLLM_CACHE_DIR, else $XDG_CACHE_HOME/minivllm, else ~/.cache/minivllm."""
-    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "minivllm"
-    return Path(os.environ.get("MINIVLLM_CACHE_DIR") or base) / "kernels"
+def _configured_root() -> Path | None:
+    """Folder of compiled libraries: $MINIVLLM_CACHE_DIR, else $XDG_CACHE_HOME/minivllm, else ~/.cache/minivllm.
+
+    None for a user without a home.
+    """
+    if own := os.environ.get("MINIVLLM_CACHE_DIR"):
+        return Path(own) / "kernels"
+    if shared := os.environ.get("XDG_CACHE_HOME"):
+        return Path(shared) / "minivllm" / "kernels"
+    home = Path(os.path.expanduser("~"))  # stays "~" where neither HOME nor the user database knows one
+    return home / ".cache" / "minivllm" / "kernels" if home.is_absolute() else None
 
 
 def writable_root() -> Path:
     """The configured cache folder, or a private temporary one, with a warning, where that cannot be written."""
     root = _configured_root()
-    try:
-        root.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=root):
-            return root
-    except OSError as error:
-        fallback = _private_temporary()
-        fallback.mkdir(mode=0o700, exist_ok=True)
-        message = f"minivllm cannot write its cache folder {root} ({error.strerror}); compiled kernels go to {fallback}"
-        warnings.warn(f"{message}. Set MINIVLLM_CACHE_DIR to a writable folder", RuntimeWarning, stacklevel=5)
-        return fallback
+    why = "this user has no home folder"
+    if root is not None:
+        try:
+            root.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=root):
+                return root
+        except OSError as error:
+            why = f"cannot write its cache folder {root} ({error.strerror})"
+    with contextlib.suppress(OSError):
+        _temporary_name().mkdir(mode=0o700)
+    fallback = _private_temporary() or Path(tempfile.mkdtemp(prefix="minivllm-"))
+    message = f"minivllm: {why}; compiled kernels go to {fallback}. Set MINIVLLM_CACHE_DIR to a writable folder"
+    warnings.warn(message, RuntimeWarning, stacklevel=5)
+    return fallback
 
 
-def _private_temporary() -> Path:
-    """A folder that no other user can have put a library into: ours by name, or a fresh one where the name is taken."""
-    folder = Path(tempfile.gettempdir()) / f"minivllm-{os.getuid()}"
+def _temporary_name() -> Path:
+    return Path(tempfile.gettempdir()) / f"minivllm-{os.getuid()}"
+
+
+def _private_temporary() -> Path | None:
+    """Our folder among the temporary ones, unless it is missing or another user could have put a library into it."""
+    folder = _temporary_name()
     try:
         facts = folder.lstat()
-    except FileNotFoundError:
-        return folder
+    except OSError:
+        return None
     private = stat.S_ISDIR(facts.st_mode) and facts.st_uid == os.getuid() and not facts.st_mode & 0o077
-    return folder if private else Path(tempfile.mkdtemp(prefix="minivllm-"))
+    return folder if private else None

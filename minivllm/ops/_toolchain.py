@@ -151,9 +151,9 @@ def _cpu_identity() -> str:
         with open("/proc/cpuinfo", encoding="utf-8") as lines:
             for line in lines:
                 name, _, value = line.partition(":")
-                if name.strip() in ("model name", "flags"):
-                    wanted.setdefault(name.strip(), value.strip())
-                if len(wanted) == 2 or not line.strip():
+                if name.strip() in ("model name", "flags", "CPU implementer", "CPU part", "Features"):  # x86; Arm
+                    wanted[name.strip()] = value.strip()
+                if not line.strip():  # the first core's paragraph ends
                     break
     except OSError:
         return platform.machine()

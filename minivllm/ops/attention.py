@@ -132,8 +132,8 @@ def flash_attention(
 ) -> Tensor:
     """Attention of sequences that lie one after the other in q, k and v.
 
-    The arithmetic is float32. On the CPU a row's bits depend on its query and its sequence's keys alone: not on other rows, not on
-    the number of threads, and `paged_attention` gives the same bits for the same keys.
+    The arithmetic is float32. On the CPU a row's bits depend on its query and the keys and values it sees alone: not on other rows or
+    the number of threads, and `paged_attention` gives the same bits. (A NaN or infinite value may spoil queries just before it.)
 
     Args:
         q: [total_q, num_heads, head_dim] float32, bfloat16 or float16; last dimension contiguous, any other strides.
@@ -262,8 +262,9 @@ def paged_attention(
     """Causal attention of new tokens over the cache, which holds their own keys and values already.
 
     Prefill, chunks of a prompt and decode are the same: sequence i has some queries, and they are the last tokens of its
-    seq_lens[i]. The arithmetic is float32. On the CPU a row's bits depend on its query and its sequence's keys alone: not on other
-    rows, on the chunks a prompt is cut into, on which blocks hold the keys, or on the number of threads.
+    seq_lens[i]. The arithmetic is float32. On the CPU a row's bits depend on its query and the keys and values it sees alone: not on
+    other rows, on the chunks a prompt is cut into, on which blocks hold the keys, or on the number of threads. (A NaN or
+    infinite value may spoil queries of its own sequence just before it.)
 
     Args:
         q: [num_tokens, num_heads, head_dim] float32, bfloat16 or float16; last dimension contiguous, any other strides.

@@ -1,8 +1,9 @@
 """Draws one token for each row of logits: temperature, top-k, top-p and min-p, then the Gumbel-max trick.
 
-The noise of a token is a pure function of (seed, token index) through the counter-based generator Philox, and every filter is a
-threshold on the value rather than a rank. So a draw depends on its own row and seed alone: not on the batch around it, the
-device, the number of threads or the order of a sort, and every implementation gives the same token up to float32 rounding near ties.
+The noise of a token is a pure function of (seed, token index) through the counter-based generator Philox, and every
+filter is a threshold on the value rather than a rank. So a draw depends on its own row and seed alone: not on the batch
+around it, the device, the number of threads or the order of a sort, and every implementation gives the same token up to
+float32 rounding near ties.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ def philox_4x32_10(counter: Words, key: tuple[Tensor, Tensor]) -> Words:
         key: two int64 tensors of 32-bit words.
 
     Returns:
-        Four int64 tensors of random 32-bit words. A product of two words wraps in int64; its bits are right all the same.
+        Four int64 tensors of random 32-bit words. A product of two words wraps in int64; its bits are right even so.
     """
     (c0, c1, c2, c3), (k0, k1) = counter, key
     for _ in range(10):
@@ -38,7 +39,7 @@ def philox_4x32_10(counter: Words, key: tuple[Tensor, Tensor]) -> Words:
 
 
 def philox_words(seeds: Tensor, vocab: int) -> Tensor:
-    """[num_rows, vocab] int64: token i has word i % 4 of Philox with counter (i // 4, 0, 0, 0) and the seed's 64 bits as key."""
+    """[num_rows, vocab] int64: token i has word i % 4 of Philox with counter (i // 4, 0, 0, 0) and the seed as key."""
     blocks = torch.arange((vocab + 3) // 4, device=seeds.device).unsqueeze(0)
     zero = torch.zeros_like(blocks)
     key = (seeds & _MASK).unsqueeze(1), (seeds >> 32 & _MASK).unsqueeze(1)
@@ -48,7 +49,8 @@ def philox_words(seeds: Tensor, vocab: int) -> Tensor:
 def gumbel_noise(words: Tensor) -> Tensor:
     """Float32 -log(-log(1 - u)) of 32-bit words, u = (word + 0.5) / 2^32 rounded to float32 and kept below 1.
 
-    Large noise comes from small u, where float32 is densest, so that very unlikely tokens are still drawn as often as they should.
+    Large noise comes from small u, where float32 is densest, so that very unlikely tokens are still drawn as often as
+    they should.
     """
     u = (words.float() * 2.0**-32 + 2.0**-33).clamp(max=1 - 2.0**-24)
     return -torch.log(-torch.log1p(-u))
@@ -122,10 +124,11 @@ def sample(
 ) -> Tensor:
     """One token id for each row, drawn from softmax(logits / temperature) after the filters.
 
-    Order, with z = (logits - max(logits)) / temperature in float32: top-k keeps the tokens with z at least the k-th largest; top-p
-    keeps, of the probabilities renormalised over those, the largest ones until their sum reaches top_p; min-p keeps the tokens at
-    least min_p times as likely as the most likely one. Tokens equal to the last one kept are kept too. Of the kept tokens the one
-    with the largest z + Gumbel noise is drawn (`gumbel_noise`); give each row a new seed each step.
+    Order, with z = (logits - max(logits)) / temperature in float32: top-k keeps the tokens with z at least the k-th
+    largest; top-p keeps, of the probabilities renormalised over those, the largest ones until their sum reaches top_p;
+    min-p keeps the tokens at least min_p times as likely as the most likely one. Tokens equal to the last one kept are
+    kept too. Of the kept tokens the one with the largest z + Gumbel noise (`gumbel_noise`) is drawn, the lowest index
+    of equals. The seed alone makes the noise: give each row a new seed each step.
 
     Args:
         logits: [num_rows, vocab] float32, bfloat16 or float16; rows may be strided, -inf masks a token.

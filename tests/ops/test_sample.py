@@ -57,8 +57,11 @@ def mixed_parameters(num_rows: int, vocab: int, seed: int) -> dict[str, Tensor]:
 
 
 def assert_right_draws(got: Tensor, logits: Tensor, p: dict[str, Tensor]) -> None:
-    """Every token is the reference's, or one that float32 rounding may take: its filters reach it when they are loosened by
-    2e-6, and its score is within 4e-6 of the best that the same filters, tightened so, leave. Nearly all are the reference's."""
+    """Every token is the reference's, or one that float32 rounding may take instead, and those are very few.
+
+    Rounding may take a token that the filters, loosened by 2e-6, still keep, and whose score in float64 is within 8e-6
+    of the best that the same filters, tightened by as much, leave.
+    """
     expected = sample_reference(logits, **p)
     assert (got != expected).sum() <= 1 + len(got) // 1000
     rows = (p["temperature"] > 0) & (expected >= 0)
@@ -75,7 +78,7 @@ def assert_right_draws(got: Tensor, logits: Tensor, p: dict[str, Tensor]) -> Non
     u = ((philox_words(p["seeds"], z.shape[1]) + 0.5) / 2**32).clamp(max=1 - 2.0**-24)
     scores = z.double() - torch.log(-torch.log1p(-u))
     best = scores.masked_fill(z < tight.unsqueeze(1), -INF).amax(-1)
-    assert (scores.gather(1, got).squeeze(1) >= best - 4e-6).all()
+    assert (scores.gather(1, got).squeeze(1) >= best - 8e-6).all()
 
 
 # ---- the random numbers ----
@@ -192,11 +195,11 @@ def exact_distribution(logits: list[float], temperature: float, top_k: int, top_
 
 
 def chi_square_p_value(counts: Tensor, probabilities: Tensor) -> float:
-    """Pearson's test; tokens expected fewer than ten times are counted together. A token of probability 0 gives 0."""
+    """Pearson's test; tokens expected fewer than 50 times are counted together. A token of probability 0 gives 0."""
     if counts[probabilities == 0].any():
         return 0.0
     expected = probabilities * counts.sum()
-    rare = expected < 10
+    rare = expected < 50
     observed = torch.cat([counts[~rare], counts[rare].sum().unsqueeze(0)]).double()
     expected = torch.cat([expected[~rare], expected[rare].sum().unsqueeze(0)])
     observed, expected = observed[expected > 0], expected[expected > 0]
@@ -218,20 +221,42 @@ FILTERS = (
 )
 
 
+def logits_clear_of_thresholds(vocab: int, seed: int, options: dict[str, Any]) -> Tensor:
+    """Random logits whose kept set does not hang on rounding: filters moved by 1e-5 keep the same tokens."""
+    for attempt in range(100):
+        logits = randn(vocab, seed=seed + attempt, dtype=torch.float32, device="cpu", scale=1.5)
+        kept = []
+        for by in (1 - 1e-5, 1 + 1e-5):
+            top_p = options["top_p"] * by if options["top_p"] < 1 else 1.0
+            moved = options | {"top_p": top_p, "min_p": options["min_p"] * by}
+            kept.append([p > 0 for p in exact_distribution(logits.tolist(), **moved)])
+        if kept[0] == kept[1]:
+            return logits
+    raise AssertionError("no logits found")
+
+
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("options", FILTERS, ids=str)
 def test_frequencies_are_the_exact_probabilities(device: str, options: dict[str, Any], seed: int) -> None:
     num_draws, vocab = 40_000, 100
-    logits = randn(vocab, seed=seed, dtype=torch.float32, device=device, scale=1.5)
-    tokens = ops.sample(logits.expand(num_draws, vocab), **parameters(num_draws, seed=seed, device=device, **options))
-    counts = torch.bincount(tokens.cpu(), minlength=vocab)
-    full = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0} | options
-    exact = torch.tensor(exact_distribution(logits.tolist(), **full)).double()
-    assert chi_square_p_value(counts, exact) > REJECT
-    wrong = torch.tensor(
-        exact_distribution(logits.tolist(), **full | {"temperature": full["temperature"] * 1.2})
-    ).double()
-    assert chi_square_p_value(counts, wrong) <= REJECT  # the test has the power to see a wrong temperature
+    options = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0} | options
+    logits = logits_clear_of_thresholds(vocab, seed, options)
+    rows = logits.to(device).expand(num_draws, vocab)
+    tokens = ops.sample(rows, **parameters(num_draws, seed=seed, device=device, **options))
+    exact = torch.tensor(exact_distribution(logits.tolist(), **options)).double()
+    assert chi_square_p_value(torch.bincount(tokens.cpu(), minlength=vocab), exact) > REJECT
+
+
+@pytest.mark.parametrize("wrong", ({"temperature": 1.2}, {"top_k": 12}, {"top_p": 0.8}, {"min_p": 0.5}), ids=str)
+def test_frequencies_tell_a_wrong_option(wrong: dict[str, Any], seed: int) -> None:
+    num_draws, vocab = 40_000, 40
+    logits = torch.linspace(0, 3, vocab)
+    right = {"temperature": 1.0, "top_k": 20, "top_p": 0.9, "min_p": 0.1}
+    tokens = ops.sample(logits.expand(num_draws, vocab), **parameters(num_draws, seed=seed, **right))
+    counts = torch.bincount(tokens, minlength=vocab)
+    for options, is_right in ((right, True), (right | wrong, False)):
+        exact = torch.tensor(exact_distribution(logits.tolist(), **options)).double()
+        assert (chi_square_p_value(counts, exact) > REJECT) == is_right
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -75,9 +75,24 @@ def qwen(qwen_folder: Path) -> Tokenizer:
 
 
 @pytest.fixture(scope="session")
-def golden(qwen_folder: Path) -> list[dict[str, Any]]:
+def golden_lines(qwen_folder: Path) -> list[str]:
+    with gzip.open(qwen_folder / "golden_vectors.jsonl.gz", "rt", encoding="utf-8", newline="\n") as file:
+        return file.read().split("\n")
+
+
+@pytest.fixture(scope="session")
+def golden(golden_lines: list[str]) -> list[dict[str, Any]]:
     """Rows {src, text, ids, nfc_changes}. Some lines of the file are fragments of rows (it was cut at U+2028 and its
     like once, and lines were lost); a whole row is a line that starts and ends as an object does."""
-    with gzip.open(qwen_folder / "golden_vectors.jsonl.gz", "rt", encoding="utf-8", newline="\n") as file:
-        lines = file.read().split("\n")
-    return [json.loads(line) for line in lines if line.startswith('{"src"') and line.endswith("}")]
+    return [json.loads(line) for line in golden_lines if line.startswith('{"src"') and line.endswith("}")]
+
+
+@pytest.fixture(scope="session")
+def golden_tails(golden_lines: list[str]) -> list[tuple[str, list[int]]]:
+    """(end of the text, all ids) of the rows of which the file has only the end, where NFC changes nothing."""
+    tails = []
+    for line in golden_lines:
+        if not line.startswith('{"src"') and line.endswith('"nfc_changes": false}'):
+            text, _, rest = line.rpartition('", "ids": ')
+            tails.append((json.loads(f'"{text}"'), json.loads(rest.partition("]")[0] + "]")))
+    return tails

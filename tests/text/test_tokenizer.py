@@ -32,6 +32,16 @@ def test_qwen_equals_every_golden_vector(qwen: Tokenizer, golden: list[dict[str,
     assert wrong == []
 
 
+def test_qwen_equals_the_golden_ids_whose_text_was_cut(
+    qwen: Tokenizer, golden_tails: list[tuple[str, list[int]]]
+) -> None:
+    assert len(golden_tails) >= 50
+    for tail, ids in golden_tails:
+        text = qwen.decode(ids)
+        assert text.endswith(tail)
+        assert qwen.encode(text) == ids
+
+
 def test_qwen_equals_transformers_with_added_tokens(qwen: Tokenizer, qwen_folder: Path, seed: int) -> None:
     reference = AutoTokenizer.from_pretrained(qwen_folder)
     spellings = [*load_spec(qwen_folder).added_tokens, "<|im_", "end|>", "<<think>"]

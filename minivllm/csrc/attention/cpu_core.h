@@ -16,6 +16,9 @@ namespace minivllm::attention {
 
 constexpr int64_t kTileKeys = 64;    // with head_dim 64 a tile of keys and one of values take 32 KiB, an L1 cache
 constexpr int64_t kTileRows = 64;    // more rows reuse a tile of keys better, fewer waste less work above the causal diagonal
+constexpr int64_t kFewRows = 8;      // up to so many rows a tile is limited by memory, beyond by arithmetic
+constexpr int64_t kCacheLine = 64;   // bytes
+constexpr int64_t kNear = 1 << 20;   // bytes of keys and values that an L2 cache may hold from one call to the next
 constexpr int64_t kSplitKeys = 512;  // a few microseconds of work for a decode row: the least that is worth another thread
 
 // One sequence of the batch. table is null for packed keys, which begin at row kv_begin.
@@ -38,7 +41,7 @@ struct Call {
   Side k, v;
   int block_shift;  // log2 of the block size
   float scale;
-  bool causal;
+  bool causal, far;  // far: keys and values come from beyond the L2 cache
   std::vector<Sequence> sequences;
 
   int64_t group() const { return num_heads / num_kv_heads; }
@@ -97,9 +100,9 @@ class Worker {
     total_.clear(tile.rows);
     for (int64_t split = 0; split < tile.num_splits(); ++split) {
       run_split(tile, split, split_);
-      for (int64_t r = 0; r < tile.rows; ++r) total_.merge(r, split_, r);
+      merge(tile, split, split_);
     }
-    write(tile, total_);
+    write(tile);
   }
 
   // One split of a tile, to a state that `finish` reads.
@@ -111,10 +114,10 @@ class Worker {
   // Merges the splits of a tile in order, to the output. states(split) are those of `run_split_alone`.
   template <typename States>
   void finish(const Tile& tile, const States& states) {
+    find_visible(tile);
     total_.clear(tile.rows);
-    for (int64_t split = 0; split < tile.num_splits(); ++split)
-      for (int64_t r = 0; r < tile.rows; ++r) total_.merge(r, states(split), r);
-    write(tile, total_);
+    for (int64_t split = 0; split < tile.num_splits(); ++split) merge(tile, split, states(split));
+    write(tile);
   }
 
  private:
@@ -140,14 +143,26 @@ class Worker {
     return tile.kv_head * call_.group() + (tile.row_begin + r) % call_.group();
   }
 
+  void find_visible(const Tile& tile) {
+    for (int64_t r = 0; r < tile.rows; ++r)
+      visible_[r] = call_.visible(*tile.sequence, (tile.row_begin + r) / call_.group());
+  }
+
+  // Rows before it see neither this key nor a later one; the last row of a tile sees all of the tile's keys.
+  int64_t first_row(int64_t key) const {
+    int64_t first = 0;
+    while (visible_[first] <= key) ++first;
+    return first;
+  }
+
   void load_queries(const Tile& tile) {
+    find_visible(tile);
     for (int64_t r = 0; r < tile.rows; ++r) {
       const T* row = static_cast<const T*>(call_.q) + token(tile, r) * call_.q_token_stride + head(tile, r) * call_.q_head_stride;
       float* wide = q_ + r * width_;
       to_float(row, wide, call_.head_dim);
 #pragma omp simd
       for (int64_t d = 0; d < call_.head_dim; ++d) wide[d] *= call_.scale;
-      visible_[r] = call_.visible(*tile.sequence, (tile.row_begin + r) / call_.group());
     }
   }
 
@@ -162,19 +177,37 @@ class Worker {
 
   void run_keys(const Tile& tile, const KvRows<T>& keys, const KvRows<T>& values, int64_t begin, int64_t count,
                 RowStates& states) {
-    int64_t first = 0;  // rows before it see none of these keys
-    while (visible_[first] <= begin) ++first;
-    const int64_t rows = tile.rows - first, columns = round_up(count, kLanes);
+    const int64_t first = first_row(begin), rows = tile.rows - first, columns = round_up(count, kLanes);
+    const int64_t next = begin + count, next_end = std::min(next + kTileKeys, tile.keys);
     load_keys(keys, begin, count);
     float* scores = scores_ + first * kTileKeys;
-    multiply(q_ + first * width_, width_, [this](int64_t d) { return keys_ + d * kTileKeys; }, call_.head_dim, scores,
-             kTileKeys, nullptr, rows, columns);
+    const auto transposed = [this](int64_t d) { return keys_ + d * kTileKeys; };
+    beside(tile, transposed, values, begin, next, [&](const auto& b) {
+      multiply(q_ + first * width_, width_, b, call_.head_dim, scores, kTileKeys, nullptr, rows, columns);
+    });
     for (int64_t r = first; r < tile.rows; ++r)
       keep_[r] = states.add_scores(r, scores_ + r * kTileKeys, std::min(visible_[r] - begin, count), columns);
     const float* value_rows[kTileKeys];
     load_values(values, begin, count, value_rows);
-    multiply(scores, kTileKeys, [&](int64_t j) { return value_rows[j]; }, count, states.out + first * width_, width_,
-             keep_ + first, rows, width_);
+    const auto value = [&](int64_t j) { return value_rows[j]; };
+    beside(tile, value, keys, next, next_end, [&](const auto& b) {
+      multiply(scores, kTileKeys, b, count, states.out + first * width_, width_, keep_ + first, rows, width_);
+    });
+  }
+
+  // compute(b), where step k of the product also asks memory for row begin + k < end of `soon`. Tiles of few rows wait for
+  // memory; requests spread over the product keep it busy, while a burst of them would stop the core.
+  template <typename B, typename F>
+  void beside(const Tile& tile, const B& b, const KvRows<T>& soon, int64_t begin, int64_t end, const F& compute) const {
+    if (!call_.far || tile.rows > kFewRows) return compute(b);
+    const int64_t bytes = call_.head_dim * static_cast<int64_t>(sizeof(T));
+    compute([&](int64_t k) {
+      if (begin + k < end) {
+        const char* row = reinterpret_cast<const char*>(soon(begin + k));
+        for (int64_t line = 0; line < bytes; line += kCacheLine) __builtin_prefetch(row + line);
+      }
+      return b(k);
+    });
   }
 
   // keys_[d][j] = row j; the last row fills up the columns to a whole vector.
@@ -200,10 +233,14 @@ class Worker {
     }
   }
 
-  void write(const Tile& tile, RowStates& states) {
+  void merge(const Tile& tile, int64_t split, const RowStates& states) {
+    for (int64_t r = first_row(split * kSplitKeys); r < tile.rows; ++r) total_.merge(r, states);
+  }
+
+  void write(const Tile& tile) {
     for (int64_t r = 0; r < tile.rows; ++r) {
       T* out = static_cast<T*>(call_.out) + (token(tile, r) * call_.num_heads + head(tile, r)) * call_.head_dim;
-      from_float(states.finish(r), out, call_.head_dim);
+      from_float(total_.finish(r), out, call_.head_dim);
     }
   }
 };
@@ -239,8 +276,9 @@ void run_items(const Call& call, int64_t max_rows, int64_t items, int64_t thread
     Worker<T> worker(call, max_rows);
     for (int64_t item; (item = next.fetch_add(1, std::memory_order_relaxed)) < items;) f(worker, item);
   };
-  if (threads == 1) work(0, 1);
-  else torch::stable::parallel_for(0, threads, 1, work);
+  threads = std::min(threads, items);
+  if (threads > 1) torch::stable::parallel_for(0, threads, 1, work);
+  else work(0, 1);
 }
 
 // Few tiles with many keys (decode of a few long sequences): the splits are shared out among the threads.
@@ -264,16 +302,18 @@ void run_splits(const Call& call, const std::vector<Tile>& tiles, int64_t max_ro
 }
 
 template <typename T>
-void run(const Call& call) {
+void run(Call call) {
   constexpr int64_t kTilesPerThread = 4;  // with fewer, whole tiles leave threads idle at the end
   const std::vector<Tile> tiles = make_tiles(call);
   const int64_t threads = useful_threads(call, tiles);
-  int64_t max_rows = 0;
+  int64_t max_rows = 0, keys = 0;
   bool long_keys = false;
   for (const Tile& tile : tiles) {
     max_rows = std::max(max_rows, tile.rows);
+    keys += tile.keys;
     long_keys |= tile.num_splits() > 1;
   }
+  call.far = keys * call.head_dim * 2 * static_cast<int64_t>(sizeof(T)) > kNear;
   if (threads > 1 && long_keys && static_cast<int64_t>(tiles.size()) < kTilesPerThread * threads)
     run_splits<T>(call, tiles, max_rows, threads);
   else

@@ -136,15 +136,14 @@ struct RowStates {
     return keep;
   }
 
-  // Adds the keys of `other`, which come after ours.
-  void merge(int64_t row, const RowStates& other, int64_t other_row) {
-    const float ours = largest[row], theirs = other.largest[other_row];
-    if (theirs == -std::numeric_limits<float>::infinity()) return;
+  // Adds the keys of the same row of `other`, of which there is at least one and which come after ours.
+  void merge(int64_t row, const RowStates& other) {
+    const float ours = largest[row], theirs = other.largest[row];
     const float top = theirs > ours ? theirs : ours;
     const float a = fast_exp(ours - top), b = fast_exp(theirs - top);
     for (int64_t d = 0; d < width; d += kLanes)
-      store(out + row * width + d, load(out + row * width + d) * a + load(other.out + other_row * width + d) * b);
-    store(sums + row * kLanes, load(sums + row * kLanes) * a + load(other.sums + other_row * kLanes) * b);
+      store(out + row * width + d, load(out + row * width + d) * a + load(other.out + row * width + d) * b);
+    store(sums + row * kLanes, load(sums + row * kLanes) * a + load(other.sums + row * kLanes) * b);
     largest[row] = top;
   }
 
