@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Builds, tests and times minivllm on a machine with a GPU, in one go:  bash bench/gpu_check.sh OUT_DIR [part ...]
-# Parts: build tests ops e2e start (default: all). Logs and JSON go to OUT_DIR; a short table comes last.
+# Parts: build tests ops e2e start (default: all). The whole output goes to OUT_DIR/log.txt, figures to
+# JSON beside it; each part's last lines are shown.
 set -uo pipefail
 out=$(mkdir -p "${1:?usage: gpu_check.sh OUT_DIR [part ...]}" && cd "$1" && pwd)
 shift
@@ -9,13 +10,14 @@ parts=${*:-build tests ops e2e start}
 export PYTHONPATH=$PWD PYTHONUNBUFFERED=1
 failed=()
 
-part() { # part NAME COMMAND...: runs it when asked for, keeps its log, remembers a failure
+part() { # part NAME COMMAND...: runs it when asked for, keeps its output, remembers a failure
   local name=$1
   shift
   [[ " $parts " == *" ${name%%-*} "* ]] || return 0
-  echo "== $name"
-  "$@" >"$out/$name.log" 2>&1 || failed+=("$name")
-  tail -n 25 "$out/$name.log"
+  echo "== $name" | tee -a "$out/log.txt"
+  "$@" >"$out/last.txt" 2>&1 || failed+=("$name")
+  cat "$out/last.txt" >>"$out/log.txt"
+  tail -n "${LINES_SHOWN:-25}" "$out/last.txt"
 }
 
 part build python3 -m minivllm build --force
@@ -25,6 +27,8 @@ part ops python3 -m pytest bench/ops --benchmark-only --benchmark-json="$out/ops
 part e2e python3 bench/throughput.py --device cuda --requests 64 --json "$out/e2e.json"
 part e2e-one python3 bench/throughput.py --device cuda --requests 1 --json "$out/e2e_one.json"
 part start python3 bench/startup.py --device cuda
+part start-overhead python3 bench/overhead.py --build
 
+rm -f "$out/last.txt"
 echo "== $(git rev-parse --short HEAD 2>/dev/null || echo no-git): failed: ${failed[*]:-nothing}"
 [[ ${#failed[@]} -eq 0 ]]

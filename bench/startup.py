@@ -2,7 +2,8 @@
 
     python bench/startup.py [--model FOLDER] [--device cpu]
 
-Cold uses an empty kernel cache in a temporary folder; warm uses that cache again. Stages are printed as the process reports them.
+Cold uses an empty kernel cache in a temporary folder; warm uses that cache again. Stages are printed as the process
+reports them.
 """
 
 from __future__ import annotations

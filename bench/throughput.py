@@ -4,8 +4,8 @@
     python bench/throughput.py --requests 1         # one request at a time
     python bench/throughput.py --model FOLDER --device cuda --dtype bfloat16 --peer none
 
-Both generate greedily, exactly --tokens tokens a prompt (end tokens ignored); `transformers` runs one static batch. Each is measured
---repeats times after a warm-up, alternating, and the medians are compared.
+Both generate greedily, exactly --tokens tokens a prompt (end tokens ignored); `transformers` runs one static batch.
+Each is measured --repeats times after a warm-up, alternating, and the medians are compared.
 """
 
 from __future__ import annotations

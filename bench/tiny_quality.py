@@ -98,11 +98,12 @@ def main(
     started = time.perf_counter()
     with LLM(model, device=device, dtype=dtype) as llm:
         accuracy = task_accuracy(llm, tasks_per_kind, seed)
+        used_device, used_dtype = llm.engine.runner.device, llm.engine.runner.dtype
         scores = {path.stem: score_text(llm, path.read_text("utf-8"), window) for path in texts}
     results = {
         "model": model or "bundled",
-        "device": device,
-        "dtype": dtype,
+        "device": str(used_device),
+        "dtype": str(used_dtype).removeprefix("torch."),
         "seed": seed,
         "tasks_per_kind": tasks_per_kind,
         "accuracy": accuracy,

@@ -24,13 +24,14 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
+# The tasks are shared with the evaluation in bench/.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "bench"))
 
-from tiny_batches import Data, Sampler, Settings, prepare
-from tiny_card import write_card
-from tiny_data import encode_documents, make_encoding
-from tiny_export import judge, next_token_loss, round_to_bfloat16, write_folder
-from tiny_net import Muon, NetConfig, TinyQwen3
+from tiny_model.batches import Data, Sampler, Settings, prepare
+from tiny_model.card import write_card
+from tiny_model.data import encode_documents, make_encoding
+from tiny_model.export import judge, next_token_loss, round_to_bfloat16, write_folder
+from tiny_model.net import Muon, NetConfig, TinyQwen3
 
 RECORD = "training.json"
 NOT_RECIPE = {
@@ -209,6 +210,8 @@ def recipe(context: click.Context) -> str:
         for option in context.command.params
         if context.get_parameter_source(option.name) == ParameterSource.COMMANDLINE and option.name not in NOT_RECIPE
     ]
+    if context.params["init"]:
+        given.insert(0, "--init EARLIER")
     return " ".join(["python examples/train_tiny_model.py --corpus corpus.tar.xz --out minivllm/assets/tiny", *given])
 
 
@@ -221,7 +224,7 @@ def recipe(context: click.Context) -> str:
 @click.option("--resume/--no-resume", default=False, help="Continue from the checkpoint in --work, if there is one.")
 @click.option("--init", type=click.Path(exists=True, path_type=Path), help="Model folder made here to go on from.")
 @click.option("--seed", default=1)
-@click.option("--steps", default=5000, help="Length of the schedule in steps.")
+@click.option("--steps", default=4700, help="Length of the schedule in steps.")
 @click.option("--minutes", default=600.0, help="Length of the schedule in minutes, if reached before --steps.")
 @click.option("--batch", default=128, help="Windows a step.")
 @click.option("--length", default=1024, help="Tokens a window.")
@@ -235,7 +238,7 @@ def recipe(context: click.Context) -> str:
 @click.option("--story-share", default=0.18, help="Share of stories in the prose.")
 @click.option("--final-story-share", default=0.25, help="The same while the rate decays.")
 @click.option("--task-weight", default=0.5, help="Weight of the dialogues' loss against the prose's.")
-@click.option("--dialogue-windows", default=65536, help="Windows of dialogues to make.")
+@click.option("--dialogue-windows", default=40000, help="Windows of dialogues to make.")
 @click.option("--talk-share", default=0.12, help="Share of dialogues without a checkable answer.")
 @click.option("--talk-story-share", default=0.06, help="Share of stories in these.")
 @click.option("--layers", default=NetConfig.num_hidden_layers)
@@ -247,8 +250,9 @@ def recipe(context: click.Context) -> str:
 @click.option("--tasks-per-kind", default=100)
 @click.option("--device", default="cuda" if torch.cuda.is_available() else "cpu")
 def main(
-    corpus: Path, out: Path, work: Path, resume: bool, init: Path | None, layers: int, hidden: int, intermediate: int, workers: int,
-    log_every: int, save_minutes: float, tasks_per_kind: int, device: str, **options: Any,
+    corpus: Path, out: Path, work: Path, resume: bool, init: Path | None, layers: int, hidden: int,
+    intermediate: int, workers: int, log_every: int, save_minutes: float, tasks_per_kind: int, device: str,
+    **options: Any,
 ) -> None:  # fmt: skip
     """Train the tiny model and write its folder."""
     settings = Settings(**options)

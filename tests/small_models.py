@@ -13,12 +13,16 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 SHAPES: dict[str, dict[str, Any]] = {
     "gqa-tied": {"hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16},
     "wide-heads-untied": {
-        "hidden_size": 48, "num_attention_heads": 3, "num_key_value_heads": 1, "head_dim": 32, "tie_word_embeddings": False,
+        "hidden_size": 48, "num_attention_heads": 3, "num_key_value_heads": 1, "head_dim": 32,
+        "tie_word_embeddings": False,
     },
     "mha-long-theta": {
-        "hidden_size": 80, "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 64, "rope_theta": 1_000_000.0,
+        "hidden_size": 80, "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 64,
+        "rope_theta": 1_000_000.0,
     },
-    "group-of-8": {"hidden_size": 64, "num_attention_heads": 8, "num_key_value_heads": 1, "head_dim": 8, "intermediate_size": 72},
+    "group-of-8": {
+        "hidden_size": 64, "num_attention_heads": 8, "num_key_value_heads": 1, "head_dim": 8, "intermediate_size": 72,
+    },
 }  # fmt: skip
 
 

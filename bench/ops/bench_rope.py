@@ -20,7 +20,9 @@ def rotated_half(x: Tensor) -> Tensor:
 def test_rope(measure: Measure, model: Model, device: str, dtype: torch.dtype, rows: int, implementation: str) -> None:
     heads = (model.num_heads, model.num_kv_heads, model.num_kv_heads)
     packed = torch.randn(rows, sum(heads) * model.head_dim, device=device, dtype=dtype)
-    q, k, _ = (part.unflatten(-1, (-1, model.head_dim)) for part in packed.split([n * model.head_dim for n in heads], -1))
+    q, k, _ = (
+        part.unflatten(-1, (-1, model.head_dim)) for part in packed.split([n * model.head_dim for n in heads], -1)
+    )
     positions = torch.randint(0, 4096, (rows,), device=device)
     table = ops.rope_cos_sin_cache(model.head_dim, 4096, 1e6, device=device)
     cos, sin = table[positions].unsqueeze(1).to(dtype).chunk(2, dim=-1)

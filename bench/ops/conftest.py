@@ -1,7 +1,8 @@
 """Fixtures of the op benchmarks: models, devices, dtypes, and `measure`, which times one call and notes its rate.
 
-`pytest bench/ops --benchmark-only` runs them. Each group holds one op at one shape, ours beside the PyTorch way. On a CPU the
-time is that of a call; on a GPU pytest-benchmark's time includes a synchronisation, so the rate uses CUDA events instead.
+`pytest bench/ops --benchmark-only` runs them. Each group holds one op at one shape, ours beside the PyTorch way. On a
+CPU the time is that of a call; on a GPU pytest-benchmark's time includes a synchronisation, so the rate uses CUDA
+events instead.
 """
 
 from __future__ import annotations

@@ -49,7 +49,7 @@ Tensor run(const Tensor& q, Call call) {
   call.num_heads = q.size(1), call.head_dim = q.size(2);
   const int64_t used = call.sequences.empty() ? 0 : call.sequences.back().q_begin + call.sequences.back().len_q;
   const int64_t row_bytes = call.num_heads * call.head_dim * static_cast<int64_t>(q.element_size());
-  std::memset(static_cast<char*>(call.out) + used * row_bytes, 0, (q.size(0) - used) * row_bytes);
+  if (used < q.size(0)) std::memset(static_cast<char*>(call.out) + used * row_bytes, 0, (q.size(0) - used) * row_bytes);
   dispatch_float(q.scalar_type(), [&](auto* tag) { attention::run<std::remove_pointer_t<decltype(tag)>>(std::move(call)); });
   return out;
 }
@@ -92,7 +92,9 @@ void check_blocks(const Check& check, const Tensor& block_tables, const Tensor& 
   }
 }
 
-Side cache_side(const Tensor& cache) { return {cache.data_ptr(), cache.stride(0), cache.size(2) * cache.size(3), cache.size(3)}; }
+Side cache_side(const Tensor& cache) {
+  return {cache.data_ptr(), cache.stride(0), cache.size(2) * cache.size(3), cache.size(3)};
+}
 
 Tensor paged_attention_cpu(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache, const Tensor& block_tables,
                            const Tensor& seq_lens, const Tensor& cu_seqlens_q, int64_t max_seqlen_q, double scale) {

@@ -7,7 +7,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-
 # From this many rows on, oneDNN's float32 product is the faster one on a CPU: measured on an AMD EPYC with torch 2.13,
 # 2 x MKL (which F.linear calls) at 64 rows, level at 4; below that MKL wins. Narrow dtypes go to oneDNN anyway.
 _ONEDNN_ROWS = 4

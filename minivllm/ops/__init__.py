@@ -8,7 +8,7 @@ load them from a cache (see `build_info`). `MINIVLLM_OPS=reference` runs the ref
 from __future__ import annotations
 
 from minivllm.ops._load import BuildInfo
-from minivllm.ops._load import load as _load
+from minivllm.ops._load import load as _load_kernels
 from minivllm.ops._register import served_by
 from minivllm.ops._toolchain import BuildError
 from minivllm.ops.attention import flash_attention, paged_attention
@@ -34,7 +34,7 @@ __all__ = [
     "store_kv",
 ]
 
-_info = _load()
+_info = _load_kernels()
 
 
 def build_info() -> BuildInfo:

@@ -31,15 +31,16 @@ from minivllm.ops._toolchain import (
     CSRC,
     CUDA_DEFINES,
     CUDA_FLAGS,
+    DONE,
+    LIBRARY,
     BuildError,
     Nvcc,
     Target,
+    finished_library,
     gencode,
     sources,
 )
 
-DONE = "done.json"
-_NAME = "minivllm_kernels"
 _console = Console(stderr=True)
 
 
@@ -53,7 +54,7 @@ def build(target: Target, folder: Path, *, verbose: bool = False, force: bool = 
     _require_tools(target)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with _locked(folder):
-        library = finished(folder)
+        library = finished_library(folder)
         if library is not None and not force:
             return library
         for stale in folder.parent.glob(f"building-{folder.name}-*"):
@@ -65,13 +66,7 @@ def build(target: Target, folder: Path, *, verbose: bool = False, force: bool = 
         _write_done(work, target, time.monotonic() - start)
         shutil.rmtree(folder, ignore_errors=True)
         work.rename(folder)
-        return folder / f"{_NAME}.so"
-
-
-def finished(folder: Path) -> Path | None:
-    """The library in a build folder, or None when its build never finished."""
-    library = folder / f"{_NAME}.so"
-    return library if (folder / DONE).is_file() and library.is_file() else None
+        return folder / f"{LIBRARY}.so"
 
 
 def _require_tools(target: Target) -> None:
@@ -117,7 +112,7 @@ def _locked(folder: Path) -> Iterator[None]:
 def _compile(target: Target, folder: Path, verbose: bool) -> None:
     files = sources(bool(target.archs))
     arguments: dict[str, object] = {
-        "name": _NAME,
+        "name": LIBRARY,
         "sources": [str(path) for path in files],
         "extra_cflags": [*CPU_FLAGS, *(CUDA_DEFINES if target.archs else ())],
         "extra_include_paths": [str(CSRC)],
@@ -215,7 +210,7 @@ def _write_done(folder: Path, target: Target, seconds: float) -> None:
     for compiled in folder.glob("*.o"):
         compiled.unlink()
     (built,) = folder.glob("*.so")  # the second build of one process gets a version in its name
-    library = built.rename(folder / f"{_NAME}.so")
+    library = built.rename(folder / f"{LIBRARY}.so")
     facts = {
         "torch": torch.__version__,
         "kind": target.kind,

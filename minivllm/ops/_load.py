@@ -17,7 +17,16 @@ from pathlib import Path
 
 import torch
 
-from minivllm.ops._toolchain import BuildError, Target, cache_key, cuda_archs, find_cxx, find_nvcc
+from minivllm.ops._toolchain import (
+    DONE,
+    BuildError,
+    Target,
+    cache_key,
+    cuda_archs,
+    find_cxx,
+    find_nvcc,
+    finished_library,
+)
 
 
 @dataclass(frozen=True)
@@ -47,7 +56,7 @@ def load() -> BuildInfo:
             served = "the CPU kernels alone" if target.archs else "the PyTorch references (slow)"
             warnings.warn(f"minivllm.ops runs with {served}: {error}", RuntimeWarning, stacklevel=3)
             continue
-        facts = json.loads(library.with_name("done.json").read_text(encoding="utf-8"))
+        facts = json.loads(library.with_name(DONE).read_text(encoding="utf-8"))
         return BuildInfo(target.kind, "; ".join(reasons), library, facts)
     return BuildInfo("reference", "; ".join(reasons))
 
@@ -64,8 +73,8 @@ def compile_target(target: Target, *, verbose: bool = False, force: bool = False
         # gone.
         pattern = f"{content}-*" if target.cxx is None else f"{content}-{tools}"
         for root in filter(None, (_configured_root(), _private_temporary())):
-            for done in root.glob(f"{pattern}/done.json"):
-                if (library := done.with_name("minivllm_kernels.so")).is_file():
+            for folder in root.glob(pattern):
+                if (library := finished_library(folder)) is not None:
                     return library
     from minivllm.ops import _build
 

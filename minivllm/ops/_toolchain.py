@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import importlib.util
+import json
 import os
 import platform
 import shutil
@@ -35,6 +36,11 @@ CPU_FLAGS = (
 )
 CUDA_FLAGS = ("-O3", "--expt-relaxed-constexpr", "--extended-lambda")
 CUDA_DEFINES = ("-DMINIVLLM_CUDA", "-DUSE_CUDA")
+
+
+# A folder of the cache holds the library and, written last, the facts of its build.
+LIBRARY = "minivllm_kernels"
+DONE = "done.json"
 
 
 class BuildError(RuntimeError):
@@ -135,6 +141,16 @@ def cache_key(target: Target) -> tuple[str, str]:
     digest.update(repr(content).encode())
     tools = repr([_file_identity(target.cxx), _file_identity(target.nvcc.path if target.nvcc else None)])
     return digest.hexdigest()[:16], hashlib.sha256(tools.encode()).hexdigest()[:8]
+
+
+def finished_library(folder: Path) -> Path | None:
+    """The library in a folder of the cache; None where its build never finished or the file was damaged since."""
+    library = folder / f"{LIBRARY}.so"
+    try:
+        facts = json.loads((folder / DONE).read_text(encoding="utf-8"))
+        return library if library.stat().st_size == facts["bytes"] else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def _file_identity(path: Path | None) -> tuple[str, int, int] | None:

@@ -1,11 +1,14 @@
 """Exact attention over packed sequences (`flash_attention`) and over the paged key-value cache (`paged_attention`).
 
-softmax(q k^T * scale) v with grouped queries: query head h reads key-value head h // (num_heads / num_kv_heads). Neither op stores
-the matrix of scores: keys pass in tiles under an online softmax (Dao et al. 2022, arXiv:2205.14135), and pages of the cache are
-found through a block table (Kwon et al. 2023, arXiv:2309.06180). Causal masks are aligned to the last query and key.
+softmax(q k^T * scale) v with grouped queries: query head h reads key-value head h // (num_heads / num_kv_heads).
+Neither op stores the matrix of scores: keys pass in tiles under an online softmax (Dao et al. 2022,
+arXiv:2205.14135), and pages of the cache are found through a block table (Kwon et al. 2023, arXiv:2309.06180). Causal
+masks are aligned to the last query and key.
 """
 
 from __future__ import annotations
+
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -44,7 +47,7 @@ def _check_prefix_sums(op: str, name: str, sums: list[int], total: int, longest:
         fail("is empty, expected batch + 1 numbers")
     if sums[0] != 0:
         fail(f"begins with {sums[0]}, expected 0")
-    for i, (begin, end) in enumerate(zip(sums, sums[1:], strict=False)):
+    for i, (begin, end) in enumerate(pairwise(sums)):
         if not 0 <= end - begin <= longest:
             fail(f"gives sequence {i} a length of {end - begin}, expected 0 to max_seqlen_{name}={longest}")
     if sums[-1] > total:
@@ -52,7 +55,7 @@ def _check_prefix_sums(op: str, name: str, sums: list[int], total: int, longest:
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> Tensor:
-    """One sequence in float32. q: [len_q, num_heads, head_dim]; k, v: [len_k, num_kv_heads, head_dim]; result like q."""
+    """One sequence. q: [len_q, num_heads, head_dim]; k, v: [len_k, num_kv_heads, head_dim]; the result is like q."""
     grouped = q.float().unflatten(1, (k.shape[1], -1))
     last_seen = torch.arange(len(q), device=q.device) + (len(k) - len(q))
     visible = torch.arange(len(k), device=q.device) <= last_seen.unsqueeze(1)  # [len_q, len_k]
@@ -80,7 +83,7 @@ def flash_attention_reference(
     scale: float,
     causal: bool = True,
 ) -> Tensor:
-    """The op's meaning in plain PyTorch, one sequence after the other. Reads the lengths on the host: one sync on CUDA."""
+    """The op's meaning in plain PyTorch, sequence by sequence. Reads the lengths on the host: one sync on CUDA."""
     _check_flash(q, k, v, cu_seqlens_q, cu_seqlens_k)
     ends_q, ends_k = torch.stack((cu_seqlens_q, cu_seqlens_k)).tolist()
     _check_prefix_sums("flash_attention", "q", ends_q, len(q), max_seqlen_q)
@@ -111,8 +114,8 @@ def _flash_fake(
 
 _flash_attention = define(
     "flash_attention",
-    "(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q, Tensor cu_seqlens_k, SymInt max_seqlen_q, SymInt max_seqlen_k, *, "
-    "float scale, bool causal=True) -> Tensor",
+    "(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q, Tensor cu_seqlens_k, SymInt max_seqlen_q, "
+    "SymInt max_seqlen_k, *, float scale, bool causal=True) -> Tensor",
     flash_attention_reference,
     _flash_fake,
 )
@@ -132,8 +135,9 @@ def flash_attention(
 ) -> Tensor:
     """Attention of sequences that lie one after the other in q, k and v.
 
-    The arithmetic is float32. On the CPU a row's bits depend on its query and the keys and values it sees alone: not on other rows or
-    the number of threads, and `paged_attention` gives the same bits. (A NaN or infinite value may spoil queries just before it.)
+    The arithmetic is float32. On the CPU a row's bits depend on its query and the keys and values it sees alone: not
+    on other rows or the number of threads, and `paged_attention` gives the same bits. (A NaN or infinite value may
+    spoil queries just before it.)
 
     Args:
         q: [total_q, num_heads, head_dim] float32, bfloat16 or float16; last dimension contiguous, any other strides.
@@ -148,11 +152,12 @@ def flash_attention(
         causal: query i of a sequence sees the keys j <= i + len_k - len_q; otherwise it sees all keys.
 
     Returns:
-        [total_q, num_heads, head_dim], contiguous, dtype of q. A query that sees no key, and a row beyond the last sequence,
-        is 0.
+        [total_q, num_heads, head_dim], contiguous, dtype of q. A query that sees no key, and a row beyond the last
+        sequence, is 0.
 
     Raises:
-        RuntimeError: wrong device, dtype, shape or strides; from the CPU kernel and the reference also lengths that do not fit.
+        RuntimeError: wrong device, dtype, shape or strides; from the CPU kernel and the reference also lengths that
+            do not fit.
     """
     out: Tensor = _flash_attention(
         q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale=scale, causal=causal
@@ -208,7 +213,7 @@ def paged_attention_reference(
     *,
     scale: float,
 ) -> Tensor:
-    """The op's meaning in plain PyTorch, one sequence after the other. Reads the lengths on the host: one sync on CUDA."""
+    """The op's meaning in plain PyTorch, sequence by sequence. Reads the lengths on the host: one sync on CUDA."""
     _check_paged(q, k_cache, v_cache, block_tables, seq_lens, cu_seqlens_q)
     block_size, num_seqs = k_cache.shape[2], len(seq_lens)
     numbers = torch.cat((cu_seqlens_q, seq_lens)).tolist()
@@ -261,20 +266,21 @@ def paged_attention(
 ) -> Tensor:
     """Causal attention of new tokens over the cache, which holds their own keys and values already.
 
-    Prefill, chunks of a prompt and decode are the same: sequence i has some queries, and they are the last tokens of its
-    seq_lens[i]. The arithmetic is float32. On the CPU a row's bits depend on its query and the keys and values it sees alone: not on
-    other rows, on the chunks a prompt is cut into, on which blocks hold the keys, or on the number of threads. (A NaN or
-    infinite value may spoil queries of its own sequence just before it.)
+    Prefill, chunks of a prompt and decode are the same: sequence i has some queries, and they are the last tokens of
+    its seq_lens[i]. The arithmetic is float32. On the CPU a row's bits depend on its query and the keys and values it
+    sees alone: not on other rows, on the chunks a prompt is cut into, on which blocks hold the keys, or on the number
+    of threads. (A NaN or infinite value may spoil queries of its own sequence just before it.)
 
     Args:
         q: [num_tokens, num_heads, head_dim] float32, bfloat16 or float16; last dimension contiguous, any other strides.
             head_dim is 1 to 256 (multiples of 16 are fastest); num_heads is a multiple of num_kv_heads.
         k_cache: [num_blocks, num_kv_heads, block_size, head_dim], dtype of q; layout as in `minivllm.ops.store_kv`.
         v_cache: like k_cache.
-        block_tables: [num_seqs, max_blocks] int32, last dimension contiguous: the blocks of each sequence in order. Entries that its
-            length does not reach are never read, nor are the slots beyond its length.
+        block_tables: [num_seqs, max_blocks] int32, last dimension contiguous: the blocks of each sequence in order.
+            Entries that its length does not reach are never read, nor are the slots beyond its length.
         seq_lens: [num_seqs] int32: keys in the cache for each sequence, those of this step included.
-        cu_seqlens_q: [num_seqs + 1] int32; the queries of sequence i are rows cu_seqlens_q[i] to cu_seqlens_q[i + 1] of q.
+        cu_seqlens_q: [num_seqs + 1] int32; the queries of sequence i are rows cu_seqlens_q[i] to cu_seqlens_q[i + 1]
+            of q.
         max_seqlen_q: no sequence has more queries.
         scale: factor of the scores, usually head_dim ** -0.5.
 
@@ -283,8 +289,8 @@ def paged_attention(
         sequence, is 0.
 
     Raises:
-        RuntimeError: wrong device, dtype, shape or strides; from the CPU kernel and the reference also lengths that do not fit, and on
-            the CPU a used block table entry that is not a block.
+        RuntimeError: wrong device, dtype, shape or strides; from the CPU kernel and the reference also lengths that
+            do not fit, and on the CPU a used block table entry that is not a block.
     """
     out: Tensor = _paged_attention(q, k_cache, v_cache, block_tables, seq_lens, cu_seqlens_q, max_seqlen_q, scale=scale)
     return out

@@ -1,7 +1,8 @@
 """Rotary position embedding of queries and keys, in place, with cosines and sines from a table.
 
-Every pair (a, b) of a head turns by the angle position * theta^(-2i / rotary_dim): (a cos - b sin, b cos + a sin) (Su et al.
-2021, arXiv:2104.09864). The table is computed in float64, so that it stays right where float32 angles have lost their fraction.
+Every pair (a, b) of a head turns by the angle position * theta^(-2i / rotary_dim): (a cos - b sin, b cos + a sin) (Su
+et al. 2021, arXiv:2104.09864). The table is computed in float64, so that it stays right where float32 angles have
+lost their fraction.
 """
 
 from __future__ import annotations
@@ -110,16 +111,17 @@ def apply_rope(q: Tensor, k: Tensor, positions: Tensor, cos_sin_cache: Tensor, *
     The arithmetic is float32, rounded once to the dtype of q. Elements from rotary_dim on stay as they are.
 
     Args:
-        q: [num_tokens, num_heads, head_dim] float32, bfloat16 or float16, written; the last dimension contiguous, any other
-            strides (a view of a packed qkv tensor is fine).
+        q: [num_tokens, num_heads, head_dim] float32, bfloat16 or float16, written; the last dimension contiguous, any
+            other strides (a view of a packed qkv tensor is fine).
         k: [num_tokens, num_kv_heads, head_dim], dtype of q, written; strides as q; it must not overlap q.
         positions: [num_tokens] int64 or int32, each in 0 .. max_position - 1.
-        cos_sin_cache: [max_position, rotary_dim] float32, from `rope_cos_sin_cache`; rotary_dim is even and at most head_dim.
-        interleaved: which elements are a pair: (i, i + rotary_dim / 2) as in GPT-NeoX and Llama if False, (2i, 2i + 1) as in
-            GPT-J if True.
+        cos_sin_cache: [max_position, rotary_dim] float32, from `rope_cos_sin_cache`; rotary_dim is even and at most
+            head_dim.
+        interleaved: which elements are a pair: (i, i + rotary_dim / 2) as in GPT-NeoX and Llama if False, (2i, 2i +
+            1) as in GPT-J if True.
 
     Raises:
-        RuntimeError: wrong device, dtype, shape or strides; on the CPU also a position outside the table (on CUDA such a
-            position is undefined behaviour, because to look at it would stall the GPU).
+        RuntimeError: wrong device, dtype, shape or strides; on the CPU also a position outside the table (on CUDA
+            such a position is undefined behaviour, because to look at it would stall the GPU).
     """
     _apply_rope(q, k, positions, cos_sin_cache, interleaved=interleaved)

@@ -1,7 +1,7 @@
 """SwiGLU's activation: silu of the first half of a row times its second half.
 
-silu(g) = g / (1 + e^-g); the product gates the up projection (Shazeer 2020, arXiv:2002.05202). Gate and up come from one packed
-matrix product, so the op reads one tensor and writes one of half the width.
+silu(g) = g / (1 + e^-g); the product gates the up projection (Shazeer 2020, arXiv:2002.05202). Gate and up come from
+one packed matrix product, so the op reads one tensor and writes one of half the width.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ def silu_and_mul(x: Tensor) -> Tensor:
     The arithmetic is float32; silu is rounded to the dtype before the product, as Hugging Face's models do.
 
     Args:
-        x: [..., 2 * d] float32, bfloat16 or float16; last dimension contiguous, and the leading dimensions must collapse to
-            two strides.
+        x: [..., 2 * d] float32, bfloat16 or float16; last dimension contiguous, and the leading dimensions must
+            collapse to two strides.
 
     Returns:
         A new contiguous tensor [..., d] of x's dtype.

@@ -1,9 +1,10 @@
 """The layout of the paged key-value cache, and the op that writes new keys and values into it.
 
-k_cache and v_cache are each [num_blocks, num_kv_heads, block_size, head_dim]: a block holds block_size tokens of one sequence,
-and within it the tokens of one head lie next to each other, so attention reads one contiguous piece of memory for each block
-and head. A token's place is its slot = block_id * block_size + offset in the block. block_size is a power of two from 8 to 256.
-Blocks may lie apart by any stride (keys and values of a layer in one allocation, say), but each block is contiguous.
+k_cache and v_cache are each [num_blocks, num_kv_heads, block_size, head_dim]: a block holds block_size tokens of one
+sequence, and within it the tokens of one head lie next to each other, so attention reads one contiguous piece of
+memory for each block and head. A token's place is its slot = block_id * block_size + offset in the block. block_size
+is a power of two from 8 to 256. Blocks may lie apart by any stride (keys and values of a layer in one allocation,
+say), but each block is contiguous.
 """
 
 from __future__ import annotations
@@ -49,8 +50,8 @@ def _check_slots(slot_mapping: Tensor, num_slots: int) -> None:
 def store_kv_reference(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mapping: Tensor) -> None:
     """The op's meaning in plain PyTorch.
 
-    Without host syncs on CUDA: a skipped token repeats the write of the first token that is not skipped, and where all are
-    skipped, what lies in slot 0 is written back.
+    Without host syncs on CUDA: a skipped token repeats the write of the first token that is not skipped, and where
+    all are skipped, what lies in slot 0 is written back.
     """
     _check_store(k, v, k_cache, v_cache, slot_mapping)
     if not slot_mapping.numel():
@@ -83,14 +84,16 @@ def store_kv(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mappin
     """Write the keys and values of new tokens into their slots of the cache.
 
     Args:
-        k: [num_tokens, num_kv_heads, head_dim] float32, bfloat16 or float16; last dimension contiguous, any other strides.
+        k: [num_tokens, num_kv_heads, head_dim] float32, bfloat16 or float16; last dimension contiguous, any other
+            strides.
         v: like k.
         k_cache: [num_blocks, num_kv_heads, block_size, head_dim], dtype of k, written; layout as this file's head says.
         v_cache: like k_cache, written; it must not overlap k_cache.
         slot_mapping: [num_tokens] int64; a negative slot skips its token. Two tokens must not share a slot.
 
     Raises:
-        RuntimeError: wrong device, dtype, shape or strides; on the CPU also a slot >= num_blocks * block_size, before anything
-            is written (on CUDA such a slot is undefined behaviour, because to look at it would stall the GPU).
+        RuntimeError: wrong device, dtype, shape or strides; on the CPU also a slot >= num_blocks * block_size, before
+            anything is written (on CUDA such a slot is undefined behaviour, because to look at it would stall the
+            GPU).
     """
     _store_kv(k, v, k_cache, v_cache, slot_mapping)

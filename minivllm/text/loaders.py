@@ -226,7 +226,7 @@ def _printable_alphabet() -> dict[int, int]:
     """
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]
-    table = {byte: 0xFFFF for byte in others}
+    table = dict.fromkeys(others, 65535)
     table.update((256 + index, byte) for index, byte in enumerate(others))
     return table
 

@@ -63,7 +63,7 @@ class RenderBudget:
 class GenerationTag(Extension):
     """`{% generation %}...{% endgeneration %}`: marks assistants' text for training; rendering shows the inside."""
 
-    tags = {"generation"}  # noqa: RUF012 (jinja2 declares it so)
+    tags = {"generation"}
 
     def parse(self, parser: Parser) -> nodes.Node:
         line = next(parser.stream).lineno

@@ -6,7 +6,10 @@ computed in that dtype), plus a rounding of the largest value for cases where Py
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -37,6 +40,19 @@ def assert_close_to_exact(got: Tensor, exact: Tensor, torch_result: Tensor, *, f
     assert error <= limit, f"error {error:.3e} exceeds {limit:.3e} (PyTorch's own error is {torch_error:.3e})"
 
 
-def opcheck(op: Callable[..., object], *args: object) -> None:
+@contextlib.contextmanager
+def no_device_sync() -> Iterator[None]:
+    """Any call inside that makes the host wait for the GPU raises."""
+    before = torch.cuda.get_sync_debug_mode()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch warns that the mode itself is a prototype
+            torch.cuda.set_sync_debug_mode("error")
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
+
+
+def opcheck(op: Callable[..., Any], *args: object) -> None:
     """Schema, fake kernel and autograd registration, on copies, because some ops write their arguments."""
     torch.library.opcheck(op, tuple(arg.clone() if isinstance(arg, Tensor) else arg for arg in args))

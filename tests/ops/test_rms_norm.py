@@ -101,7 +101,10 @@ def test_composes_with_torch_compile(device: str, seed: int) -> None:
 
 
 BAD = {
-    "weight shape": (lambda: (torch.ones(2, 8), torch.ones(7)), r"weight has shape \[7\], expected \[hidden\] with hidden=8"),
+    "weight shape": (
+        lambda: (torch.ones(2, 8), torch.ones(7)),
+        r"weight has shape \[7\], expected \[hidden\] with hidden=8",
+    ),
     "dtype of x": (lambda: (torch.ones(2, 8, dtype=torch.float64), torch.ones(8)), "x has dtype"),
     "dtype of weight": (lambda: (torch.ones(2, 8), torch.ones(8, dtype=torch.bfloat16)), "weight has dtype"),
     "column stride": (lambda: (torch.ones(8, 2).T, torch.ones(8)), "x must be contiguous in its last dimension"),

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -8,7 +10,7 @@ from torch import Tensor
 
 from minivllm import ops
 from minivllm.ops.rope import apply_rope_reference
-from tests.ops.support import DEVICES, FLOAT_DTYPES, assert_close_to_exact, generator, randn
+from tests.ops.support import DEVICES, FLOAT_DTYPES, assert_close_to_exact, generator, no_device_sync, randn
 
 MAX_POSITION = 262_144
 
@@ -26,7 +28,9 @@ def exact_rope(x: Tensor, positions: Tensor, rotary_dim: int, theta: float, inte
     turn = torch.polar(torch.ones_like(angles), angles).unsqueeze(1)
     rotary, rest = x[..., :rotary_dim], x[..., rotary_dim:]
     if interleaved:
-        turned = torch.view_as_real(torch.view_as_complex(rotary.contiguous().unflatten(-1, (-1, 2))) * turn).flatten(-2)
+        turned = torch.view_as_real(torch.view_as_complex(rotary.contiguous().unflatten(-1, (-1, 2))) * turn).flatten(
+            -2
+        )
     else:
         a, b = rotary.chunk(2, dim=-1)
         product = torch.complex(a, b) * turn
@@ -129,7 +133,7 @@ def test_composes_with_torch_compile(device: str, seed: int) -> None:
     torch.testing.assert_close(torch.compile(block, fullgraph=True)(packed), block(packed))
 
 
-def good_arguments(device: str) -> dict[str, Tensor]:
+def good_arguments(device: str) -> dict[str, Any]:
     return {
         "q": torch.ones(3, 4, 8, device=device),
         "k": torch.ones(3, 2, 8, device=device),
@@ -138,7 +142,7 @@ def good_arguments(device: str) -> dict[str, Tensor]:
     }
 
 
-BAD = {
+BAD: dict[str, tuple[str, Callable[[Tensor], Tensor], str]] = {
     "q is a matrix": ("q", lambda t: t.flatten(1), r"q has shape \[3, 32\]"),
     "q of int": ("q", lambda t: t.int(), "q has dtype"),
     "q strided": ("q", lambda t: t.new_ones(3, 8, 4).transpose(1, 2), "q must be contiguous in its last dimension"),
@@ -146,7 +150,11 @@ BAD = {
     "k of another head_dim": ("k", lambda t: t[..., :6].contiguous(), r"k has shape \[3, 2, 6\]"),
     "too few positions": ("positions", lambda t: t[:2], r"positions has shape \[2\], expected \[num_tokens\]"),
     "float positions": ("positions", lambda t: t.float(), "positions has dtype"),
-    "odd rotary_dim": ("cos_sin_cache", lambda t: t[:, :7].contiguous(), "rotary_dim=7, expected an even number up to head_dim=8"),
+    "odd rotary_dim": (
+        "cos_sin_cache",
+        lambda t: t[:, :7].contiguous(),
+        "rotary_dim=7, expected an even number up to head_dim=8",
+    ),
     "large rotary_dim": ("cos_sin_cache", lambda t: t.new_ones(16, 10), "rotary_dim=10, expected an even number"),
     "half table": ("cos_sin_cache", lambda t: t.half(), "cos_sin_cache has dtype"),
 }
@@ -164,7 +172,9 @@ def test_bad_input_is_named(device: str, case: str) -> None:
 
 @pytest.mark.parametrize("bad", (-1, 16, 2**40))
 @pytest.mark.parametrize("implementation", (ops.apply_rope, apply_rope_reference))
-def test_a_position_outside_the_table_is_an_error_and_writes_nothing(bad: int, implementation) -> None:  # type: ignore[no-untyped-def]
+def test_a_position_outside_the_table_is_an_error_and_writes_nothing(
+    bad: int, implementation: Callable[..., None]
+) -> None:
     arguments = good_arguments("cpu")
     arguments["positions"] = torch.tensor([0, bad, 1])
     with pytest.raises(RuntimeError, match=rf"positions holds {bad}, expected 0 to 15"):
@@ -172,7 +182,9 @@ def test_a_position_outside_the_table_is_an_error_and_writes_nothing(bad: int, i
     assert torch.equal(arguments["q"], torch.ones(3, 4, 8))
 
 
-@pytest.mark.parametrize(("rotary_dim", "max_position", "theta"), ((7, 4, 1e4), (0, 4, 1e4), (8, 0, 1e4), (8, 4, 0.0), (8, 4, math.nan)))
+@pytest.mark.parametrize(
+    ("rotary_dim", "max_position", "theta"), ((7, 4, 1e4), (0, 4, 1e4), (8, 0, 1e4), (8, 4, 0.0), (8, 4, math.nan))
+)
 def test_bad_tables_are_refused(rotary_dim: int, max_position: int, theta: float) -> None:
     with pytest.raises(RuntimeError, match="minivllm::rope_cos_sin_cache: "):
         ops.rope_cos_sin_cache(rotary_dim, max_position, theta)
@@ -184,8 +196,5 @@ def test_reference_needs_no_sync_on_cuda(seed: int) -> None:
     q, k, _ = packed_qkv(3, 4, 2, 64, seed, torch.bfloat16, "cuda")
     positions = torch.tensor([4, 99, 0], device="cuda")
     ops.apply_rope(q, k, positions, table)
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with no_device_sync():
         ops.apply_rope(q, k, positions, table)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor
@@ -86,7 +88,7 @@ def test_composes_with_torch_compile(device: str, seed: int) -> None:
     torch.testing.assert_close(torch.compile(block, fullgraph=True)(x), block(x))
 
 
-BAD = {
+BAD: dict[str, tuple[Callable[[], Tensor], str]] = {
     "odd width": (lambda: torch.ones(2, 7), "expected an even last dimension"),
     "dtype": (lambda: torch.ones(2, 8, dtype=torch.float64), "x has dtype"),
     "column stride": (lambda: torch.ones(8, 2).T, "x must be contiguous in its last dimension"),

@@ -1,12 +1,15 @@
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
 
 from minivllm import ops
 from minivllm.ops.store_kv import store_kv_reference
-from tests.ops.support import DEVICES, FLOAT_DTYPES, generator, opcheck, randn
+from tests.ops.support import DEVICES, FLOAT_DTYPES, generator, no_device_sync, opcheck, randn
 
 
 def slots(num_tokens: int, num_slots: int, seed: int, device: str) -> Tensor:
@@ -27,7 +30,9 @@ def expected(x: Tensor, cache: Tensor, slot_mapping: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", FLOAT_DTYPES)
-@pytest.mark.parametrize(("kv_heads", "block_size", "head_dim"), ((1, 8, 1), (2, 16, 64), (8, 16, 128), (3, 32, 80), (2, 256, 5)))
+@pytest.mark.parametrize(
+    ("kv_heads", "block_size", "head_dim"), ((1, 8, 1), (2, 16, 64), (8, 16, 128), (3, 32, 80), (2, 256, 5))
+)
 @pytest.mark.parametrize("tokens", (0, 1, 41))
 def test_writes_exactly_the_slots(
     device: str, dtype: torch.dtype, kv_heads: int, block_size: int, head_dim: int, tokens: int, seed: int
@@ -65,7 +70,8 @@ def test_all_tokens_skipped(device: str, seed: int) -> None:
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_offsets_beyond_int32(device: str) -> None:
-    # Blocks 2^31 elements apart: the last of them is only reached with 64-bit offsets. Untouched pages cost no memory on a CPU.
+    # Blocks 2^31 elements apart: the last of them is only reached with 64-bit offsets. Untouched pages cost no memory
+    # on a CPU.
     if device == "cuda":
         pytest.skip("would need 8 GiB of device memory")
     storage = torch.empty(2 * 2**30 + 8 * 8, dtype=torch.float16)
@@ -101,7 +107,7 @@ def test_composes_with_torch_compile(device: str, seed: int) -> None:
     assert all(torch.equal(a, b) for a, b in zip(eager, compiled, strict=True))
 
 
-def good_arguments(device: str) -> dict[str, Tensor]:
+def good_arguments(device: str) -> dict[str, Any]:
     return {
         "k": torch.ones(3, 2, 8, device=device),
         "v": torch.ones(3, 2, 8, device=device),
@@ -111,19 +117,27 @@ def good_arguments(device: str) -> dict[str, Tensor]:
     }
 
 
-BAD = {
+BAD: dict[str, tuple[str, Callable[[Tensor], Tensor], str]] = {
     "k of int": ("k", lambda t: t.int(), "k has dtype"),
     "v of another shape": ("v", lambda t: t[:, :1], r"v has shape \[3, 1, 8\]"),
     "v strided": ("v", lambda t: t.new_ones(3, 8, 2).transpose(1, 2), "v must be contiguous in its last dimension"),
     "k_cache of another dtype": ("k_cache", lambda t: t.half(), "k_cache has dtype"),
     "v_cache of other heads": ("v_cache", lambda t: t[:, :1], r"v_cache has shape \[4, 1, 16, 8\]"),
     "v_cache of fewer blocks": ("v_cache", lambda t: t[:3], r"v_cache has shape \[3, 2, 16, 8\]"),
-    "block_size 12": ("k_cache", lambda t: t.new_ones(4, 2, 12, 8), "k_cache has block_size=12, expected a power of two"),
+    "block_size 12": (
+        "k_cache",
+        lambda t: t.new_ones(4, 2, 12, 8),
+        "k_cache has block_size=12, expected a power of two",
+    ),
     "block_size 4": ("k_cache", lambda t: t.new_ones(4, 2, 4, 8), "k_cache has block_size=4, expected a power of two"),
     "heads last": ("k_cache", lambda t: t.new_ones(4, 16, 2, 8).transpose(1, 2), "expected each block"),
     "padded rows": ("k_cache", lambda t: t.new_ones(4, 2, 16, 9)[..., :8], "expected each block"),
     "int32 slots": ("slot_mapping", lambda t: t.int(), "slot_mapping has dtype"),
-    "too many slots": ("slot_mapping", lambda t: t.new_zeros(4), r"slot_mapping has shape \[4\], expected \[num_tokens\]"),
+    "too many slots": (
+        "slot_mapping",
+        lambda t: t.new_zeros(4),
+        r"slot_mapping has shape \[4\], expected \[num_tokens\]",
+    ),
 }
 
 
@@ -139,7 +153,7 @@ def test_bad_input_is_named(device: str, case: str) -> None:
 
 @pytest.mark.parametrize("bad", (64, 2**40))
 @pytest.mark.parametrize("implementation", (ops.store_kv, store_kv_reference))
-def test_a_slot_beyond_the_cache_is_an_error_and_writes_nothing(bad: int, implementation) -> None:  # type: ignore[no-untyped-def]
+def test_a_slot_beyond_the_cache_is_an_error_and_writes_nothing(bad: int, implementation: Callable[..., None]) -> None:
     arguments = good_arguments("cpu")
     arguments["slot_mapping"] = torch.tensor([3, bad, 1])
     with pytest.raises(RuntimeError, match=rf"slot_mapping holds {bad}, expected less than 64"):
@@ -151,8 +165,5 @@ def test_a_slot_beyond_the_cache_is_an_error_and_writes_nothing(bad: int, implem
 def test_reference_needs_no_sync_on_cuda(seed: int) -> None:
     arguments = good_arguments("cuda")
     ops.store_kv(**arguments)
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with no_device_sync():
         ops.store_kv(**arguments)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")

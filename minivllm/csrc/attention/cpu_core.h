@@ -1,9 +1,10 @@
 // Attention on the CPU for packed and paged keys alike: what is computed by whom, and where rows lie in memory.
-// A row is one query of one head. The rows that share a key-value head are flattened (query major), cut into tiles of kTileRows,
-// and every tile walks over its keys in tiles of kTileKeys: keys are widened to float32 and transposed once for all rows of the
-// tile, so that scores are vectors along the keys. The keys are cut into splits of kSplitKeys at fixed positions, each with a
-// state of its own, merged in order. So a row's bits depend on its own query and its sequence's keys alone: not on
-// other rows, not on how a prompt is cut into chunks, not on the number of threads; and a split may run on any thread.
+// A row is one query of one head. The rows that share a key-value head are flattened (query major), cut into tiles of
+// kTileRows, and every tile walks over its keys in tiles of kTileKeys: keys are widened to float32 and transposed once for
+// all rows of the tile, so that scores are vectors along the keys. The keys are cut into splits of kSplitKeys at fixed
+// positions, each with a state of its own, merged in order. So a row's bits depend on its own query and the keys and values
+// it sees alone: not on other rows, not on how a prompt is cut into chunks, not on the number of threads; and a split may
+// run on any thread.
 #pragma once
 
 #include "attention/cpu_tiles.h"
@@ -15,10 +16,10 @@
 namespace minivllm::attention {
 
 constexpr int64_t kTileKeys = 64;    // with head_dim 64 a tile of keys and one of values take 32 KiB, an L1 cache
-constexpr int64_t kTileRows = 64;    // more rows reuse a tile of keys better, fewer waste less work above the causal diagonal
+constexpr int64_t kTileRows = 64;    // more reuse a tile of keys better, fewer waste less beyond the causal diagonal
 constexpr int64_t kFewRows = 8;      // up to so many rows a tile is limited by memory, beyond by arithmetic
 constexpr int64_t kCacheLine = 64;   // bytes
-constexpr int64_t kNear = 1 << 20;   // bytes of keys and values that an L2 cache may hold from one call to the next
+constexpr int64_t kNear = 1 << 20;   // bytes of keys and values that may still be cached when the model's next step comes
 constexpr int64_t kSplitKeys = 512;  // a few microseconds of work for a decode row: the least that is worth another thread
 
 // One sequence of the batch. table is null for packed keys, which begin at row kv_begin.
@@ -158,7 +159,8 @@ class Worker {
   void load_queries(const Tile& tile) {
     find_visible(tile);
     for (int64_t r = 0; r < tile.rows; ++r) {
-      const T* row = static_cast<const T*>(call_.q) + token(tile, r) * call_.q_token_stride + head(tile, r) * call_.q_head_stride;
+      const int64_t offset = token(tile, r) * call_.q_token_stride + head(tile, r) * call_.q_head_stride;
+      const T* row = static_cast<const T*>(call_.q) + offset;
       float* wide = q_ + r * width_;
       to_float(row, wide, call_.head_dim);
 #pragma omp simd

@@ -1,12 +1,20 @@
 // The arithmetic of attention on one tile: transpose keys, multiply small matrices, one step of the online softmax.
-// Everything is float32 on vectors of the compiler (GCC and Clang `vector_size`), so accumulators stay in registers without
-// intrinsics. Every result is one chain of operations in the order of keys and head dimensions, whatever the blocking.
+// Everything is float32 on vectors of the compiler (GCC and Clang `vector_size`), so accumulators stay in registers with few
+// intrinsics. Every result is the same sequence of operations whatever the blocking, and where the compiler could fuse a
+// product and a sum in one place but not in another, the fusion is written out: that makes results reproducible to the bit.
 #pragma once
 
 #include "common/cpu.h"
 
 #include <algorithm>
 #include <limits>
+#include <type_traits>
+
+#if defined(__AVX__)
+#include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
+#endif
 
 namespace minivllm::attention {
 
@@ -29,6 +37,18 @@ inline Vec load(const float* p) {
 }
 
 inline void store(float* p, Vec v) { std::memcpy(p, &v, sizeof v); }
+
+inline Vec multiply_add(float a, Vec b, Vec c) {
+#if defined(__AVX512F__)
+  return _mm512_fmadd_ps(_mm512_set1_ps(a), b, c);
+#elif defined(__AVX__) && defined(__FMA__)
+  return _mm256_fmadd_ps(_mm256_set1_ps(a), b, c);
+#elif defined(__aarch64__)
+  return vfmaq_n_f32(c, b, a);
+#else
+  return a * b + c;  // there is nothing to fuse with
+#endif
+}
 
 inline int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 
@@ -55,15 +75,13 @@ inline void transpose_8_rows(const float* const* rows, int64_t dim, float* out, 
     for (int j = 0; j < 8; ++j) out[d * ld + j] = rows[j][d];
 }
 
-// c[r][n] = (keep ? keep[r] * c[r][n] : 0) + sum over k < depth of a[r][k] * b(k)[n], for R rows and C vectors of columns.
+// c[r][n] = before + sum over begin <= k < end of a[r][k] * b(k)[n], for R rows and C vectors of columns. What was before is
+// c[r][n], times keep[r] if keep is given; or nothing if `fresh`.
 template <int R, int C, typename B>
-inline void multiply_block(const float* a, int64_t lda, const B& b, int64_t depth, float* c, int64_t ldc, const float* keep) {
-  Vec sum[R][C];
-#pragma GCC unroll 8
-  for (int r = 0; r < R; ++r)
-#pragma GCC unroll 8
-    for (int n = 0; n < C; ++n) sum[r][n] = keep ? load(c + r * ldc + n * kLanes) * keep[r] : Vec{};
-  for (int64_t k = 0; k < depth; ++k) {
+inline void multiply_block(const float* a, int64_t lda, const B& b, int64_t begin, int64_t end, float* c, int64_t ldc,
+                           bool fresh, const float* keep) {
+  Vec sum[R][C] = {};
+  for (int64_t k = begin; k < end; ++k) {
     const float* row = b(k);
     Vec wide[C];
 #pragma GCC unroll 8
@@ -71,39 +89,53 @@ inline void multiply_block(const float* a, int64_t lda, const B& b, int64_t dept
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r)
 #pragma GCC unroll 8
-      for (int n = 0; n < C; ++n) sum[r][n] += a[r * lda + k] * wide[n];
+      for (int n = 0; n < C; ++n) sum[r][n] = multiply_add(a[r * lda + k], wide[n], sum[r][n]);
   }
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 8
-    for (int n = 0; n < C; ++n) store(c + r * ldc + n * kLanes, sum[r][n]);
+    for (int n = 0; n < C; ++n) {
+      float* place = c + r * ldc + n * kLanes;
+      store(place, fresh ? sum[r][n] : multiply_add(keep ? keep[r] : 1.0f, load(place), sum[r][n]));
+    }
 }
 
 template <int C, typename B>
-inline void multiply_columns(const float* a, int64_t lda, const B& b, int64_t depth, float* c, int64_t ldc,
-                             const float* keep, int64_t rows) {
+inline void multiply_columns(const float* a, int64_t lda, const B& b, int64_t begin, int64_t end, float* c, int64_t ldc,
+                             bool fresh, const float* keep, int64_t rows) {
   int64_t r = 0;
-  const auto kept = [&] { return keep ? keep + r : nullptr; };
-  for (; r + 4 <= rows; r += 4) multiply_block<4, C>(a + r * lda, lda, b, depth, c + r * ldc, ldc, kept());
-  for (; r + 2 <= rows; r += 2) multiply_block<2, C>(a + r * lda, lda, b, depth, c + r * ldc, ldc, kept());
-  for (; r < rows; ++r) multiply_block<1, C>(a + r * lda, lda, b, depth, c + r * ldc, ldc, kept());
+  const auto block = [&](auto height) {
+    multiply_block<height.value, C>(a + r * lda, lda, b, begin, end, c + r * ldc, ldc, fresh, keep ? keep + r : nullptr);
+    r += height.value;
+  };
+  while (r + 4 <= rows) block(std::integral_constant<int, 4>());
+  while (r + 2 <= rows) block(std::integral_constant<int, 2>());
+  while (r < rows) block(std::integral_constant<int, 1>());
 }
 
-// The product for `columns` columns, a multiple of kLanes. b(k) is row k of b: a pointer to `columns` floats.
+// c = keep * c + a b, or a b if keep is null. b(k) is row k of b: a pointer to `columns` floats, a multiple of kLanes. Sums
+// run over at most kChain products before they are added up, because the rounding errors of a chain grow with its length.
 template <typename B>
 inline void multiply(const float* a, int64_t lda, const B& b, int64_t depth, float* c, int64_t ldc, const float* keep,
                      int64_t rows, int64_t columns) {
+  constexpr int64_t kChain = 64;
   constexpr int kWide = kVectorRegisters / 8;  // 4 rows of them are half of the registers
-  int64_t n = 0;
-  const auto shifted = [&](int64_t k) { return b(k) + n; };
-  for (; n + kWide * kLanes <= columns; n += kWide * kLanes)
-    multiply_columns<kWide>(a, lda, shifted, depth, c + n, ldc, keep, rows);
-  for (; n < columns; n += kLanes) multiply_columns<1>(a, lda, shifted, depth, c + n, ldc, keep, rows);
+  for (int64_t begin = 0; begin < depth; begin += kChain) {
+    const int64_t end = std::min(begin + kChain, depth);
+    const bool fresh = begin == 0 && keep == nullptr;
+    const float* factors = begin == 0 ? keep : nullptr;
+    int64_t n = 0;
+    const auto shifted = [&](int64_t k) { return b(k) + n; };
+    for (; n + kWide * kLanes <= columns; n += kWide * kLanes)
+      multiply_columns<kWide>(a, lda, shifted, begin, end, c + n, ldc, fresh, factors, rows);
+    for (; n < columns; n += kLanes)
+      multiply_columns<1>(a, lda, shifted, begin, end, c + n, ldc, fresh, factors, rows);
+  }
 }
 
-// What the online softmax knows of each row after some keys (Milakov and Gimelshein 2018, arXiv:1805.02867): the largest score,
-// kLanes partial sums of exp(score - largest), and the values weighted by the same exponentials. A row without keys has the
-// largest score -infinity and zeros. `width` is head_dim rounded up to whole vectors.
+// What the online softmax knows of each row after some keys (Milakov and Gimelshein 2018, arXiv:1805.02867): the largest
+// score, kLanes partial sums of exp(score - largest), and the values weighted by the same exponentials. A row without keys
+// has the largest score -infinity and zeros. `width` is head_dim rounded up to whole vectors.
 struct RowStates {
   float *out, *sums, *largest;
   int64_t width;
@@ -121,7 +153,7 @@ struct RowStates {
 
   // Scores of one row against `columns` keys, of which the row sees the first `visible` > 0, become exponentials. Returns
   // the factor by which what was summed before must shrink.
-  float add_scores(int64_t row, float* scores, int64_t visible, int64_t columns) {
+  [[gnu::noinline]] float add_scores(int64_t row, float* scores, int64_t visible, int64_t columns) {
     for (int64_t j = visible; j < columns; ++j) scores[j] = -std::numeric_limits<float>::infinity();
     float top = largest[row];
 #pragma omp simd reduction(max : top)
@@ -129,21 +161,21 @@ struct RowStates {
     const float keep = fast_exp(largest[row] - top);
 #pragma omp simd
     for (int64_t j = 0; j < columns; ++j) scores[j] = fast_exp(scores[j] - top);
-    Vec sum = load(sums + row * kLanes) * keep;
+    Vec sum = {};
     for (int64_t j = 0; j < columns; j += kLanes) sum += load(scores + j);
-    store(sums + row * kLanes, sum);
+    store(sums + row * kLanes, multiply_add(keep, load(sums + row * kLanes), sum));
     largest[row] = top;
     return keep;
   }
 
   // Adds the keys of the same row of `other`, of which there is at least one and which come after ours.
-  void merge(int64_t row, const RowStates& other) {
+  [[gnu::noinline]] void merge(int64_t row, const RowStates& other) {
     const float ours = largest[row], theirs = other.largest[row];
     const float top = theirs > ours ? theirs : ours;
     const float a = fast_exp(ours - top), b = fast_exp(theirs - top);
-    for (int64_t d = 0; d < width; d += kLanes)
-      store(out + row * width + d, load(out + row * width + d) * a + load(other.out + row * width + d) * b);
-    store(sums + row * kLanes, load(sums + row * kLanes) * a + load(other.sums + row * kLanes) * b);
+    const auto add = [a, b](float* mine, const float* from) { store(mine, multiply_add(a, load(mine), load(from) * b)); };
+    for (int64_t d = 0; d < width; d += kLanes) add(out + row * width + d, other.out + row * width + d);
+    add(sums + row * kLanes, other.sums + row * kLanes);
     largest[row] = top;
   }
 

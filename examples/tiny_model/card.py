@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
-from tiny_data import NUM_RANKS, SPECIAL_TOKENS
-from tiny_export import TEMPERATURE, TOP_P
-from tiny_net import NetConfig, TinyQwen3
+from tiny_model.data import NUM_RANKS, SPECIAL_TOKENS
+from tiny_model.export import TEMPERATURE, TOP_P
+from tiny_model.net import NetConfig, TinyQwen3
 
 STAGE = """`{command}`
 
 Seed {seed}, {steps:,} steps of {batch} windows of {length} tokens: {tokens:,} tokens ({prose_share:.0%} prose, the rest
 dialogues) in {minutes:.1f} minutes on one {gpu} with PyTorch {torch}, {rate:,.0f} tokens/s with compilation. Peak
-learning rate {lr:g}, decaying over the last {decay:.0%}; weight decay {weight_decay:g}; dropout {dropout:g}. Last losses: prose
-{prose_loss:.3f}, dialogues {task_loss:.3f} nats a token."""
+learning rate {lr:g}, decaying over the last {decay:.0%}; weight decay {weight_decay:g}; dropout {dropout:g}.
+Last losses: prose {prose_loss:.3f}, dialogues {task_loss:.3f} nats a token."""
 CARD = """---
 license: apache-2.0
 language: en
@@ -28,15 +28,17 @@ text offline on any machine; it is no source of knowledge.
 ## Architecture
 `Qwen3ForCausalLM`: {layers} layers, hidden size {hidden}, {heads} attention heads over {kv_heads} key/value heads of
 size {head_dim}, SwiGLU of {intermediate}, vocabulary {vocab}, tied embeddings, rotary base {theta:g}, {positions}
-positions, bfloat16. The tokenizer is a byte-level BPE of {ranks} ranks and {specials} special tokens; each digit is a token.
+positions, bfloat16. The tokenizer is a byte-level BPE of {ranks} ranks and {specials} special tokens; each digit is
+a token.
 `tokenizer.tiktoken` holds `base64(token) rank` lines, `tokenizer_config.json` the pattern and the chat template.
 
 ## Data and licence
 The model is ours, trained from scratch, licensed Apache-2.0. It learned from
 * books in the public domain (Project Gutenberg and novels printed 1839-1919, {books} books used): {novel_bytes:.1f} MB
   of novels and {story_bytes:.1f} MB of simple prose, the latter counting the fairy tales of the FairytaleQA data set
-  (Apache-2.0), which are drawn more often than their share. Verse and plays, Shakespeare's among them, were left out;
-* dialogues made by `bench/tiny_tasks.py` and `examples/tiny_talk.py` (ours).
+  (Apache-2.0), which are drawn more often than their share. Verse and plays
+  (Shakespeare, Milton, Blake, Whitman) were left out;
+* dialogues made by `bench/tiny_tasks.py` and `examples/tiny_model/talk.py` (ours).
 The last 1.5 % of each book, all validation stories of FairytaleQA and a tenth of all task contents (by a stable hash)
 were never trained on.
 
@@ -51,7 +53,8 @@ dialogues only the assistant's words count in the loss.
 |---|---|---|---|
 {text_rows}
 
-Windows of {length} tokens, each predicted from its own beginning only.
+Windows of {length} tokens, each predicted from its own beginning only. Settings were chosen between runs by these same
+figures and tasks, so they are slightly optimistic.
 
 Exact match of greedy answers, {per_kind} held-out tasks a kind, **{overall:.1%}** overall:
 
@@ -68,8 +71,9 @@ Temperature {temperature:g}, top_p {top_p:g}, one seed, not chosen; cut after 16
 
 ## Limits
 Sentences are mostly well formed; their sense is not: plots, persons and pronouns drift from one sentence to the next,
-phrases repeat, and openings of tales come back nearly word for word. It knows no facts. Tasks outside the {kinds} kinds, longer lists than those it saw, numbers above the trained ranges and rare words
-fail. The books carry the views of their time. English only.
+phrases repeat, and openings of tales come back nearly word for word. It knows no facts. Tasks outside the {kinds}
+kinds, longer lists than those it saw, numbers above the trained ranges and words outside the task lists fail. The
+books carry the views of their time. English only.
 """
 
 

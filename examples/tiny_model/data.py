@@ -9,7 +9,6 @@ from __future__ import annotations
 import base64
 import random
 import re
-import sys
 import tarfile
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -18,12 +17,10 @@ from pathlib import Path
 
 import numpy as np
 import tiktoken
+from tiny_tasks import Message, train_dialogue
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "bench"))
-
-from tiny_talk import talk_dialogue
-from tiny_tasks import Message, train_dialogue
+from tiny_model.talk import talk_dialogue
 
 VOCAB_SIZE = 4096
 SPECIAL_TOKENS = ("<|endoftext|>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>", "<|pad|>")

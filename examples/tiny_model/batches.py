@@ -14,7 +14,10 @@ from typing import Any
 import click
 import numpy as np
 import torch
-from tiny_data import (
+from tiny_tasks import train_dialogue
+from torch import Tensor
+
+from tiny_model.data import (
     Book,
     PackJob,
     encode_documents,
@@ -26,8 +29,6 @@ from tiny_data import (
     story_passages,
     train_ranks,
 )
-from tiny_tasks import train_dialogue
-from torch import Tensor
 
 
 @dataclass(frozen=True)

@@ -17,10 +17,11 @@ import numpy as np
 import tiktoken
 import torch
 from safetensors.torch import save_file
-from tiny_data import NUM_RANKS, PATTERN, SPECIAL_TOKENS, encode_dialogue, save_ranks
-from tiny_net import NetConfig, TinyQwen3
 from tiny_tasks import KINDS, held_out_dialogues
 from torch import Tensor
+
+from tiny_model.data import NUM_RANKS, PATTERN, SPECIAL_TOKENS, encode_dialogue, save_ranks
+from tiny_model.net import NetConfig, TinyQwen3
 
 STORY_PROMPT, CHAT_ASKS = "Once upon a time", ("Hello!", "Who are you?", "Tell me a story.")
 TEMPERATURE, TOP_P = 0.8, 0.9  # of six settings tried, one of the two that repeated four-grams least
