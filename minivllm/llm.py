@@ -23,7 +23,6 @@ from minivllm.hub import model_folder
 from minivllm.prompts import Messages, ParsedPrompt, Prompt, params_for_each, parse_conversations, parse_prompts
 from minivllm.request import CompletionOutput, Request, RequestOutput
 from minivllm.sampling_params import SamplingParams
-from minivllm.scheduler import StepOutput
 from minivllm.text import IncrementalDetokenizer, Tokenizer
 
 
@@ -39,24 +38,32 @@ class Delta:
 
 @dataclass(slots=True)
 class _Stream:
-    """What is known of one prompt while it runs; `inbox` is where the call that started it waits for its pieces of
-    text."""
+    """What is known of one prompt while it runs; `inbox` is where the call that started it waits for its text.
+
+    A streaming call wants a delta for each token; any other only the last one, with the whole text.
+    """
 
     index: int
     prompt: str | None
     request: Request
     detokenizer: IncrementalDetokenizer
     inbox: deque[Delta]
+    streaming: bool
+    num_told: int = 0  # output tokens that became text
     pieces: list[str] = field(default_factory=list)
 
     @property
     def finished(self) -> bool:
         return self.request.finish_reason is not None
 
-    def take(self, step: StepOutput) -> None:
-        """Turn a step's token into text and hand it on."""
-        text = "" if step.token_id is None else self.detokenizer.push([step.token_id])
-        if step.finish_reason is not None:
+    def tell(self) -> None:
+        """Turn the tokens that came since into text and hand it on."""
+        if not (self.finished or self.streaming):
+            return
+        ids = self.request.output_token_ids
+        text = self.detokenizer.push(ids[self.num_told :])
+        self.num_told = len(ids)
+        if self.finished:
             text += self.detokenizer.finish()
         self.pieces.append(text)
         self.inbox.append(Delta(self.index, text, self.output() if self.finished else None))
@@ -188,7 +195,7 @@ class LLM:
         shown = progress and len(prompts) > 1 and console.is_terminal
         with Progress(*columns, console=console, transient=True, disable=not shown) as bar:
             task = bar.add_task("generating", total=len(prompts))
-            for delta in self._run(prompts, sampling_params):
+            for delta in self._run(prompts, sampling_params, streaming=False):
                 if delta.output is not None:
                     outputs[delta.index] = delta.output
                     bar.advance(task)
@@ -198,30 +205,42 @@ class LLM:
         self,
         prompts: list[ParsedPrompt],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None,
+        *,
+        streaming: bool = True,
     ) -> Iterator[Delta]:
         """The one loop: add all prompts, step until they have ended, hand on each token's text.
 
         Several such loops may be open on one engine; whoever steps it fills everybody's inbox.
         """
         inbox: deque[Delta] = deque()
-        mine = self._add_all(prompts, params_for_each(sampling_params, len(prompts)), inbox)
+        mine = self._add_all(prompts, params_for_each(sampling_params, len(prompts)), inbox, streaming)
         try:
             while inbox or not all(stream.finished for stream in mine):
-                while not inbox:
-                    for step in self.engine.step():
-                        stream = self._streams[step.request_id]
-                        stream.take(step)
-                        if stream.finished:
-                            del self._streams[step.request_id]
-                yield inbox.popleft()
+                if inbox:
+                    yield inbox.popleft()
+                else:
+                    self._step()
+            for stream in mine:
+                if self._streams.pop(stream.request.request_id, None) is not None:
+                    stream.tell()  # aborted through the engine, which is not a step's output
+                    yield inbox.popleft()
         finally:
             self._drop(mine)
+
+    def _step(self) -> None:
+        for step in self.engine.step():
+            stream = self._streams.get(step.request_id)
+            if stream is not None:  # else a caller added the request to the engine itself
+                stream.tell()
+                if stream.finished:
+                    del self._streams[step.request_id]
 
     def _add_all(
         self,
         prompts: list[ParsedPrompt],
         params: Sequence[SamplingParams],
         inbox: deque[Delta],
+        streaming: bool,
     ) -> list[_Stream]:
         if self._closed:
             raise EngineDeadError("this LLM was closed; make a new one")
@@ -230,7 +249,7 @@ class LLM:
             for index, ((prompt, ids), one) in enumerate(zip(prompts, params, strict=True)):
                 request_id = f"request-{next(self._request_numbers)}"
                 request = self.engine.add_request(request_id, ids, one)
-                stream = _Stream(index, prompt, request, IncrementalDetokenizer(self.tokenizer), inbox)
+                stream = _Stream(index, prompt, request, IncrementalDetokenizer(self.tokenizer), inbox, streaming)
                 self._streams[request_id] = stream
                 added.append(stream)
         except BaseException:

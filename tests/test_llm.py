@@ -122,6 +122,18 @@ def test_leaving_a_stream_aborts_it(llm: LLM) -> None:
     assert llm.engine.block_manager.num_free == 256
 
 
+def test_an_abort_through_the_engine_ends_the_call_with_what_there_is(llm: LLM) -> None:
+    stream = llm.stream(["Once", "twice"], SamplingParams(temperature=0.0, max_tokens=30, ignore_eos=True))
+    first = next(stream)
+    [name] = [name for name, one in llm._streams.items() if one.index == first.index]
+    assert llm.engine.abort(name)
+    finals = {delta.index: delta.output for delta in stream if delta.output is not None}
+    aborted, other = finals[first.index], finals[1 - first.index]
+    assert aborted.outputs[0].finish_reason == "abort"
+    assert aborted.text.startswith(first.text)
+    assert len(other.outputs[0].token_ids) == 30
+
+
 BAD_PROMPTS = {
     "empty text": ("", "is empty"),
     "empty list": ([], "prompts is an empty list"),

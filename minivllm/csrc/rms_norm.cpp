@@ -14,13 +14,25 @@ struct Row {
   int64_t offset(int64_t r) const { return (r / rows.inner) * rows.outer_stride + (r % rows.inner) * rows.inner_stride; }
 };
 
+// 1 / sqrt(mean of squares + eps)
+float inverse_rms(const float* row, int64_t d, float eps) {
+  float sum = 0.0f;
+#pragma omp simd reduction(+ : sum)
+  for (int64_t i = 0; i < d; ++i) sum += row[i] * row[i];
+  return 1.0f / std::sqrt(sum / static_cast<float>(d) + eps);
+}
+
+// A float32 row needs no copy; out may be the row itself.
+void normalise_float(const float* row, const float* weight, float* out, int64_t d, float eps) {
+  const float scale = inverse_rms(row, d, eps);
+#pragma omp simd
+  for (int64_t i = 0; i < d; ++i) out[i] = row[i] * scale * weight[i];
+}
+
 // wide: the row in float32; it is overwritten by the normalised row, rounded to T before the product as Hugging Face does.
 template <typename T>
 void normalise(float* wide, const T* weight, float* scratch, T* out, int64_t d, float eps) {
-  float sum = 0.0f;
-#pragma omp simd reduction(+ : sum)
-  for (int64_t i = 0; i < d; ++i) sum += wide[i] * wide[i];
-  const float scale = 1.0f / std::sqrt(sum / static_cast<float>(d) + eps);
+  const float scale = inverse_rms(wide, d, eps);
 #pragma omp simd
   for (int64_t i = 0; i < d; ++i) wide[i] *= scale;
   round_to(wide, d, static_cast<const T*>(nullptr));
@@ -33,6 +45,10 @@ void normalise(float* wide, const T* weight, float* scratch, T* out, int64_t d, 
 template <typename T>
 void rms_norm_rows(const T* x, const Row& rows, const T* weight, T* out, int64_t d, float eps) {
   parallel_items(rows.rows.count, d, [&](int64_t begin, int64_t end) {
+    if constexpr (std::is_same_v<T, float>) {
+      for (int64_t r = begin; r < end; ++r) normalise_float(x + rows.offset(r), weight, out + r * d, d, eps);
+      return;
+    }
     std::vector<float> buffer(2 * d);
     for (int64_t r = begin; r < end; ++r) {
       to_float(x + rows.offset(r), buffer.data(), d);
@@ -48,6 +64,12 @@ void fused_rows(T* x, const Row& x_rows, T* residual, const Row& r_rows, const T
     float *sum = buffer.data(), *scratch = buffer.data() + d;
     for (int64_t r = begin; r < end; ++r) {
       T *x_row = x + x_rows.offset(r), *r_row = residual + r_rows.offset(r);
+      if constexpr (std::is_same_v<T, float>) {
+#pragma omp simd
+        for (int64_t i = 0; i < d; ++i) r_row[i] += x_row[i];
+        normalise_float(r_row, weight, x_row, d, eps);
+        continue;
+      }
       to_float(x_row, sum, d);
       to_float(r_row, scratch, d);
 #pragma omp simd

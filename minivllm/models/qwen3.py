@@ -54,7 +54,9 @@ class Qwen3Model(nn.Module):
     def __init__(self, config: ModelConfig, max_position: int, *, dtype: torch.dtype, device: torch.device) -> None:
         super().__init__()
         rotary = RotaryEmbedding(config.head_dim, max_position, config.rope_theta, device=device)
-        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, dtype=dtype, device=device)
+        self.embed_tokens = Embedding(
+            config.vocab_size, config.hidden_size, is_head=config.tie_word_embeddings, dtype=dtype, device=device
+        )
         layers = (Qwen3Layer(config, rotary, dtype=dtype, device=device) for _ in range(config.num_hidden_layers))
         self.layers = nn.ModuleList(layers)
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype=dtype, device=device)

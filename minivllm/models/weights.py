@@ -15,7 +15,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from minivllm.errors import WeightError
-from minivllm.layers.linear import FusedLinear
+from minivllm.layers.embedding import Embedding
+from minivllm.layers.linear import FusedLinear, Linear
 from minivllm.models.base import CausalLM
 
 SINGLE_FILE = "model.safetensors"
@@ -56,6 +57,13 @@ def fill_random(model: CausalLM, seed: int) -> None:
         if parameter.dim() == 1:
             parameter.data.add_(1.0)
         seed += 1
+
+
+def pack(model: CausalLM) -> None:
+    """Let every layer bring its loaded weights into the form that it computes with fastest."""
+    for module in model.modules():
+        if isinstance(module, Linear | Embedding):
+            module.pack()
 
 
 def weight_files(folder: Path) -> list[Path]:

@@ -12,6 +12,7 @@ from minivllm.ops._load import load as _load_kernels
 from minivllm.ops._register import served_by
 from minivllm.ops._toolchain import BuildError
 from minivllm.ops.attention import flash_attention, paged_attention
+from minivllm.ops.packed_linear import pack_linear_weight, packed_linear, prefers_packed
 from minivllm.ops.rms_norm import fused_add_rms_norm, rms_norm
 from minivllm.ops.rope import apply_rope, rope_cos_sin_cache
 from minivllm.ops.sample import sample
@@ -25,7 +26,10 @@ __all__ = [
     "build_info",
     "flash_attention",
     "fused_add_rms_norm",
+    "pack_linear_weight",
+    "packed_linear",
     "paged_attention",
+    "prefers_packed",
     "rms_norm",
     "rope_cos_sin_cache",
     "sample",

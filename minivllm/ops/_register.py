@@ -36,10 +36,14 @@ def define(name: str, schema: str, reference: Callable[..., Any], fake: Callable
     return op
 
 
+def has_kernel(name: str, device_type: str) -> bool:
+    """Whether a compiled kernel, not the reference, serves op `name` on "CPU" or "CUDA"."""
+    return bool(torch._C._dispatch_has_kernel_for_dispatch_key(f"{NAMESPACE}::{name}", device_type))
+
+
 def served_by() -> dict[str, dict[str, str]]:
     """op -> device type ("CPU", "CUDA") -> "kernel" (compiled) or "reference" (PyTorch)."""
-    has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
     return {
-        name: {key: "kernel" if has_kernel(f"{NAMESPACE}::{name}", key) else "reference" for key in ("CPU", "CUDA")}
+        name: {device: "kernel" if has_kernel(name, device) else "reference" for device in ("CPU", "CUDA")}
         for name in sorted(_names)
     }

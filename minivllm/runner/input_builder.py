@@ -57,10 +57,10 @@ class InputBuilder:
         ]  # fmt: skip
         positions_, slot_mapping_, seq_lens_, offsets_, slots_, tokens_, sample_indices_ = self._upload(columns)
         fwd = ForwardBatch(
-            input_ids=torch.cat((self._last_tokens[slots_[:num_decodes]], tokens_)) if num_decodes else tokens_,
+            input_ids=self._query_tokens(slots_[:num_decodes], tokens_),
             positions=positions_,
             slot_mapping=slot_mapping_,
-            block_tables=self._device_tables[slots_],
+            block_tables=self._device_tables.index_select(0, slots_),
             seq_lens=seq_lens_.int(),
             cu_seqlens_q=offsets_.int(),
             max_seqlen_q=max(batch.lengths),
@@ -70,7 +70,14 @@ class InputBuilder:
 
     def keep_last_tokens(self, slots: Tensor, token_ids: Tensor) -> None:
         """Remember the drawn ids [S] as the next query tokens of `slots` [S]."""
-        self._last_tokens[slots] = token_ids
+        self._last_tokens.index_copy_(0, slots, token_ids)
+
+    def _query_tokens(self, decode_slots: Tensor, prompt_tokens: Tensor) -> Tensor:
+        """[T] ids: the last token of each decode row, then the prompt tokens of this step."""
+        if not len(decode_slots):
+            return prompt_tokens
+        last = self._last_tokens.index_select(0, decode_slots)
+        return torch.cat((last, prompt_tokens)) if len(prompt_tokens) else last
 
     def _apply_deltas(self, batch: Batch) -> None:
         for slot, temperature, top_k, top_p, min_p, seed in batch.new_slots:

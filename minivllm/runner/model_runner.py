@@ -98,6 +98,7 @@ class ModelRunner:
             weights.fill_random(model, config.seed)
         else:
             weights.load(model, folder)
+        weights.pack(model)
         self.model = model.eval()
         return time.monotonic() - start
 

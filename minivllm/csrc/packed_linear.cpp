@@ -1,0 +1,174 @@
+// packed_linear: float32 x times weights packed in panels of 32 outputs (ops/packed_linear.py). A register tile of kRows x kColumns
+// outputs runs along a slice of the inputs; the slice of the panel stays in the L1 cache while all rows of x pass over it, so weights
+// come from memory once. For one row that is a matrix-vector product at the speed of memory, for many rows a matrix product at the
+// speed of the FMA units. Each output is summed in one fixed order whatever the tile, so a row does not depend on its neighbours.
+#include "common/check.h"
+#include "common/cpu.h"
+
+#include <algorithm>
+
+#if defined(__AVX512F__) || (defined(__AVX2__) && defined(__FMA__))
+#include <immintrin.h>
+#endif
+
+namespace minivllm {
+namespace {
+
+constexpr int64_t kPanel = 32;
+constexpr int64_t kSlice = 256;  // inputs summed in registers before they are added to the output; 16 or 32 KiB of a panel
+constexpr int64_t kInputs = 65536;  // inputs of the rows that pass over a panel together; 256 KiB, a part of the L2 cache
+
+// Vec: one register of floats. FMA is written out, because left to the compiler it may differ between tile heights.
+#if defined(__AVX512F__)
+constexpr int kLanes = 16, kRows = 12;  // 24 sums, 2 weights, 1 input in 32 registers
+using Vec = __m512;
+inline Vec zero() { return _mm512_setzero_ps(); }
+inline Vec load(const float* p) { return _mm512_loadu_ps(p); }
+inline Vec load(const BFloat16* p) {
+  const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
+}
+inline void store(float* p, Vec v) { _mm512_storeu_ps(p, v); }
+inline Vec broadcast(float x) { return _mm512_set1_ps(x); }
+inline Vec fma(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a, b, c); }
+#elif defined(__AVX2__) && defined(__FMA__)
+constexpr int kLanes = 8, kRows = 6;  // 12 sums, 2 weights, 1 input in 16 registers
+using Vec = __m256;
+inline Vec zero() { return _mm256_setzero_ps(); }
+inline Vec load(const float* p) { return _mm256_loadu_ps(p); }
+inline Vec load(const BFloat16* p) {
+  const __m128i bits = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16));
+}
+inline void store(float* p, Vec v) { _mm256_storeu_ps(p, v); }
+inline Vec broadcast(float x) { return _mm256_set1_ps(x); }
+inline Vec fma(Vec a, Vec b, Vec c) { return _mm256_fmadd_ps(a, b, c); }
+#else
+constexpr int kLanes = 4, kRows = 4;
+struct Vec {
+  float v[kLanes];
+};
+inline Vec zero() { return {}; }
+template <typename W>
+inline Vec load(const W* p) {
+  Vec out;
+  to_float(p, out.v, kLanes);
+  return out;
+}
+inline void store(float* p, Vec x) { from_float(x.v, p, kLanes); }
+inline Vec broadcast(float x) { return {{x, x, x, x}}; }
+inline Vec fma(Vec a, Vec b, Vec c) {
+  for (int i = 0; i < kLanes; ++i) c.v[i] = __builtin_fmaf(a.v[i], b.v[i], c.v[i]);
+  return c;
+}
+#endif
+
+constexpr int kColumns = 2 * kLanes;  // of a tile; a panel holds kPanel / kColumns of them
+
+// tile[M][kPanel] = x[M][0..depth) * panel[0..depth)[kPanel]. The weights at `ahead` are fetched meanwhile, one row a step.
+template <int M, typename W>
+void multiply(const float* x, int64_t x_stride, const W* panel, int64_t depth, const W* ahead, float* tile) {
+  for (int64_t column = 0; column < kPanel; column += kColumns) {
+    Vec sums[M][2];
+    for (int m = 0; m < M; ++m) sums[m][0] = sums[m][1] = zero();
+    const W* weights = panel + column;
+    for (int64_t k = 0; k < depth; ++k, weights += kPanel) {
+      const Vec w0 = load(weights), w1 = load(weights + kLanes);
+      if (ahead != nullptr) __builtin_prefetch(ahead + k * kPanel + column);
+#pragma GCC unroll 16
+      for (int m = 0; m < M; ++m) {
+        const Vec input = broadcast(x[m * x_stride + k]);
+        sums[m][0] = fma(input, w0, sums[m][0]);
+        sums[m][1] = fma(input, w1, sums[m][1]);
+      }
+    }
+    for (int m = 0; m < M; ++m) {
+      store(tile + m * kPanel + column, sums[m][0]);
+      store(tile + m * kPanel + column + kLanes, sums[m][1]);
+    }
+  }
+}
+
+// The same for 1 <= rows <= M, with the height known to the compiler.
+template <int M, typename W>
+void multiply_rows(int64_t rows, const float* x, int64_t x_stride, const W* panel, int64_t depth, const W* ahead,
+                   float* tile) {
+  if constexpr (M > 1)
+    if (rows < M) return multiply_rows<M - 1>(rows, x, x_stride, panel, depth, ahead, tile);
+  multiply<M>(x, x_stride, panel, depth, ahead, tile);
+}
+
+struct Shape {
+  int64_t rows, in_features, out_features, x_stride;
+};
+
+// Rows of x against one panel.
+template <typename W>
+void multiply_panel(const float* x, const W* panel, int64_t first_output, const Shape& shape, float* out) {
+  alignas(64) float tile[kRows * kPanel];
+  const int64_t columns = std::min(kPanel, shape.out_features - first_output);
+  const int64_t tiles = (shape.rows + kRows - 1) / kRows;
+  const int64_t height = (shape.rows + tiles - 1) / tiles;  // tiles of about equal height: a low one wastes loads
+  for (int64_t begin = 0; begin < shape.in_features; begin += kSlice) {
+    const int64_t depth = std::min(kSlice, shape.in_features - begin);
+    const W* slice = panel + begin * kPanel;
+    for (int64_t row = 0; row < shape.rows; row += height) {
+      const int64_t rows = std::min(height, shape.rows - row);
+      const W* ahead = row == 0 ? slice + depth * kPanel : nullptr;  // the next slice, or the next panel: they are neighbours
+      multiply_rows<kRows>(rows, x + row * shape.x_stride + begin, shape.x_stride, slice, depth, ahead, tile);
+      for (int64_t m = 0; m < rows; ++m) {
+        float* target = out + (row + m) * shape.out_features + first_output;
+        const float* source = tile + m * kPanel;
+        if (begin == 0) {
+          std::memcpy(target, source, columns * sizeof(float));
+        } else {
+#pragma omp simd
+          for (int64_t i = 0; i < columns; ++i) target[i] += source[i];
+        }
+      }
+    }
+  }
+}
+
+template <typename W>
+void multiply_all(const float* x, const W* packed, const Shape& shape, float* out) {
+  const int64_t panels = (shape.out_features + kPanel - 1) / kPanel;
+  // A panel costs about as much as touching an eighth of its weights in other ops, and as much again for every two more rows.
+  const int64_t cost = shape.in_features * (kPanel / 8) * ((shape.rows + 1) / 2);
+  const int64_t most_rows = std::max<int64_t>(kRows, kInputs / shape.in_features / kRows * kRows);
+  parallel_items(panels, cost, [&](int64_t begin, int64_t end) {
+    for (int64_t row = 0; row < shape.rows; row += most_rows) {
+      Shape part = shape;
+      part.rows = std::min(most_rows, shape.rows - row);
+      for (int64_t p = begin; p < end; ++p)
+        multiply_panel(x + row * shape.x_stride, packed + p * shape.in_features * kPanel, p * kPanel, part,
+                       out + row * shape.out_features);
+    }
+  });
+}
+
+Tensor packed_linear_cpu(const Tensor& x, const Tensor& packed, int64_t out_features) {
+  Check check("packed_linear", x);
+  check.tensor("x", x, {"num_tokens", "in_features"}, {ScalarType::Float});
+  check.tensor("packed", packed, {"panels", "in_features", "32"}, {ScalarType::Float, ScalarType::BFloat16});
+  check.require(packed.is_contiguous(), "packed must be contiguous, as pack_linear_weight returns it");
+  check.require(out_features >= 0 && (out_features + kPanel - 1) / kPanel == check["panels"],
+                "out_features=" + std::to_string(out_features) + " does not belong to " +
+                    std::to_string(check["panels"]) + " panels of 32");
+  const Shape shape{check["num_tokens"], check["in_features"], out_features, x.stride(0)};
+  Tensor out = torch::stable::new_empty(x, {shape.rows, out_features});
+  if (shape.in_features == 0) return torch::stable::fill_(out, 0.0);
+  const auto* input = static_cast<const float*>(x.data_ptr());
+  auto* output = static_cast<float*>(out.data_ptr());
+  if (packed.scalar_type() == ScalarType::Float)
+    multiply_all(input, static_cast<const float*>(packed.data_ptr()), shape, output);
+  else
+    multiply_all(input, static_cast<const BFloat16*>(packed.data_ptr()), shape, output);
+  return out;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(minivllm, CPU, m) { m.impl("packed_linear", TORCH_BOX(&packed_linear_cpu)); }
+
+}  // namespace minivllm
