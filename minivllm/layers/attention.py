@@ -37,19 +37,17 @@ class Attention(nn.Module):
     ) -> None:
         super().__init__()
         self.head_dim = config.head_dim
-        self.q_size = config.num_attention_heads * config.head_dim
-        self.kv_size = config.num_key_value_heads * config.head_dim
+        self.heads = (config.num_attention_heads, config.num_key_value_heads, config.num_key_value_heads)
         self.scale = config.head_dim**-0.5
         self.rotary = rotary
-        splits = (self.q_size, self.kv_size, self.kv_size)
+        splits = tuple(heads * config.head_dim for heads in self.heads)
         self.qkv_proj = FusedLinear(config.hidden_size, splits, dtype=dtype, device=device)
-        self.o_proj = Linear(self.q_size, config.hidden_size, dtype=dtype, device=device)
+        self.o_proj = Linear(splits[0], config.hidden_size, dtype=dtype, device=device)
         self.q_norm = RMSNorm(self.head_dim, config.rms_norm_eps, dtype=dtype, device=device) if qk_norm else None
         self.k_norm = RMSNorm(self.head_dim, config.rms_norm_eps, dtype=dtype, device=device) if qk_norm else None
 
     def forward(self, x: Tensor, fwd: ForwardBatch, kv: LayerKV) -> Tensor:
-        qkv = self.qkv_proj(x).split((self.q_size, self.kv_size, self.kv_size), dim=-1)
-        q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in qkv)
+        q, k, v = self.qkv_proj(x).unflatten(-1, (-1, self.head_dim)).split(self.heads, dim=1)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         self.rotary(q, k, fwd.positions)

@@ -8,8 +8,6 @@ decode row needs nothing that the host would have to wait for.
 
 from __future__ import annotations
 
-from itertools import accumulate
-
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -28,6 +26,7 @@ class InputBuilder:
 
     def __init__(self, max_num_seqs: int, max_blocks: int, block_size: int, device: torch.device) -> None:
         self.block_size = block_size
+        self._block_shift = block_size.bit_length() - 1  # block sizes are powers of two
         self.device = device
         self._block_tables = np.zeros((max_num_seqs, max_blocks), dtype=np.int32)
         self._device_tables = torch.from_numpy(self._block_tables)
@@ -43,11 +42,11 @@ class InputBuilder:
         slots, starts, lengths = (
             np.array(column, dtype=np.int64) for column in (batch.slots, batch.starts, batch.lengths)
         )
-        offsets = np.array([0, *accumulate(batch.lengths)], dtype=np.int64)
-        rows = np.repeat(np.arange(len(lengths)), lengths)
-        positions = np.arange(offsets[-1]) - offsets[:-1][rows] + starts[rows]
-        blocks = self._block_tables[slots[rows], positions // self.block_size].astype(np.int64)
-        slot_mapping = blocks * self.block_size + positions % self.block_size
+        offsets = np.zeros(len(lengths) + 1, dtype=np.int64)
+        np.cumsum(lengths, out=offsets[1:])
+        positions = np.arange(offsets[-1]) + np.repeat(starts - offsets[:-1], lengths)
+        blocks = self._block_tables[np.repeat(slots, lengths), positions >> self._block_shift]
+        slot_mapping = (blocks.astype(np.int64) << self._block_shift) + (positions & (self.block_size - 1))
         samples = np.array(batch.samples, dtype=np.int64)
         seq_lens = starts + lengths
         num_decodes = batch.token_counts.count(0)

@@ -61,7 +61,7 @@ class ModelRunner:
         hidden = self.model(fwd, self.kv)
         if sampling is None:
             return Pending(torch.empty(0, dtype=torch.int64), None)
-        ids = sampler.draw(self.model.logits(hidden[fwd.sample_indices]), sampling)
+        ids = sampler.draw(self.model.logits(hidden.index_select(0, fwd.sample_indices)), sampling)
         # A failed row (-1) ends at the update; until then its slot must still hold a valid id.
         self.inputs.keep_last_tokens(sampling.slots, ids.clamp(min=0))
         if self.device.type == "cpu":

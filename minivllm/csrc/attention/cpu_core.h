@@ -95,12 +95,12 @@ class Worker {
         scores_(q_ + max_rows * width_), split_(scores_ + max_rows * kTileKeys, max_rows, width_),
         total_(split_.out + RowStates::size(max_rows, width_), max_rows, width_) {}
 
-  // All keys of a tile, to the output.
-  void run(const Tile& tile) {
+  // All keys of a tile, to the output. `upcoming`: the tile that this worker takes next, or null.
+  void run(const Tile& tile, const Tile* upcoming) {
     load_queries(tile);
     total_.clear(tile.rows);
     for (int64_t split = 0; split < tile.num_splits(); ++split) {
-      run_split(tile, split, split_);
+      run_split(tile, split, upcoming, split_);
       merge(tile, split, split_);
     }
     write(tile);
@@ -109,7 +109,7 @@ class Worker {
   // One split of a tile, to a state that `finish` reads.
   void run_split_alone(const Tile& tile, int64_t split, RowStates states) {
     load_queries(tile);
-    run_split(tile, split, states);
+    run_split(tile, split, nullptr, states);
   }
 
   // Merges the splits of a tile in order, to the output. states(split) are those of `run_split_alone`.
@@ -168,17 +168,17 @@ class Worker {
     }
   }
 
-  void run_split(const Tile& tile, int64_t split, RowStates& states) {
+  void run_split(const Tile& tile, int64_t split, const Tile* upcoming, RowStates& states) {
     states.clear(tile.rows);
     const KvRows<T> keys(call_.k, *tile.sequence, tile.kv_head, call_.block_shift);
     const KvRows<T> values(call_.v, *tile.sequence, tile.kv_head, call_.block_shift);
     const int64_t end = std::min((split + 1) * kSplitKeys, tile.keys);
     for (int64_t begin = split * kSplitKeys; begin < end; begin += kTileKeys)
-      run_keys(tile, keys, values, begin, std::min(kTileKeys, end - begin), states);
+      run_keys(tile, keys, values, begin, std::min(kTileKeys, end - begin), upcoming, states);
   }
 
   void run_keys(const Tile& tile, const KvRows<T>& keys, const KvRows<T>& values, int64_t begin, int64_t count,
-                RowStates& states) {
+                const Tile* upcoming, RowStates& states) {
     const int64_t first = first_row(begin), rows = tile.rows - first, columns = round_up(count, kLanes);
     const int64_t next = begin + count, next_end = std::min(next + kTileKeys, tile.keys);
     load_keys(keys, begin, count);
@@ -192,9 +192,12 @@ class Worker {
     const float* value_rows[kTileKeys];
     load_values(values, begin, count, value_rows);
     const auto value = [&](int64_t j) { return value_rows[j]; };
-    beside(tile, value, keys, next, next_end, [&](const auto& b) {
+    const auto add_values = [&](const auto& b) {
       multiply(scores, kTileKeys, b, count, states.out + first * width_, width_, keep_ + first, rows, width_);
-    });
+    };
+    if (next < tile.keys || upcoming == nullptr) return beside(tile, value, keys, next, next_end, add_values);
+    const KvRows<T> first_keys(call_.k, *upcoming->sequence, upcoming->kv_head, call_.block_shift);
+    beside(tile, value, first_keys, 0, std::min(kTileKeys, upcoming->keys), add_values);
   }
 
   // compute(b), where step k of the product also asks memory for row begin + k < end of `soon`. Tiles of few rows wait for
@@ -270,13 +273,18 @@ inline int64_t useful_threads(const Call& call, const std::vector<Tile>& tiles) 
   return std::clamp<int64_t>(work / kWorkPerThread, 1, torch::stable::get_num_threads());
 }
 
-// f(worker, item) for every item, each taken by the next free thread, because items differ in cost.
+// f(worker, item, upcoming) for every item, each taken by the next free thread, because items differ in cost; `upcoming` is the
+// item that the same worker takes next, taken already so that its keys can be asked for, or -1.
 template <typename T, typename F>
 void run_items(const Call& call, int64_t max_rows, int64_t items, int64_t threads, const F& f) {
   std::atomic<int64_t> next{0};
   const auto work = [&](int64_t, int64_t) {
     Worker<T> worker(call, max_rows);
-    for (int64_t item; (item = next.fetch_add(1, std::memory_order_relaxed)) < items;) f(worker, item);
+    const auto take = [&] { return next.fetch_add(1, std::memory_order_relaxed); };
+    for (int64_t item = take(), upcoming; item < items; item = upcoming) {
+      upcoming = take();
+      f(worker, item, upcoming < items ? upcoming : -1);
+    }
   };
   threads = std::min(threads, items);
   if (threads > 1) torch::stable::parallel_for(0, threads, 1, work);
@@ -295,10 +303,10 @@ void run_splits(const Call& call, const std::vector<Tile>& tiles, int64_t max_ro
   const int64_t width = round_up(call.head_dim, kLanes), size = RowStates::size(max_rows, width);
   const std::unique_ptr<float[]> memory(new float[items.size() * size]);
   const auto states = [&](int64_t item) { return RowStates(memory.get() + item * size, max_rows, width); };
-  run_items<T>(call, max_rows, static_cast<int64_t>(items.size()), threads, [&](Worker<T>& worker, int64_t item) {
+  run_items<T>(call, max_rows, static_cast<int64_t>(items.size()), threads, [&](Worker<T>& worker, int64_t item, int64_t) {
     worker.run_split_alone(tiles[items[item].first], items[item].second, states(item));
   });
-  run_items<T>(call, max_rows, static_cast<int64_t>(tiles.size()), threads, [&](Worker<T>& worker, int64_t t) {
+  run_items<T>(call, max_rows, static_cast<int64_t>(tiles.size()), threads, [&](Worker<T>& worker, int64_t t, int64_t) {
     worker.finish(tiles[t], [&](int64_t split) { return states(first_item[t] + split); });
   });
 }
@@ -320,7 +328,9 @@ void run(Call call) {
     run_splits<T>(call, tiles, max_rows, threads);
   else
     run_items<T>(call, max_rows, static_cast<int64_t>(tiles.size()), threads,
-                 [&](Worker<T>& worker, int64_t t) { worker.run(tiles[t]); });
+                 [&](Worker<T>& worker, int64_t t, int64_t upcoming) {
+                   worker.run(tiles[t], upcoming < 0 ? nullptr : &tiles[upcoming]);
+                 });
 }
 
 }  // namespace minivllm::attention
