@@ -15,7 +15,8 @@ namespace minivllm {
 namespace {
 
 constexpr int64_t kPanel = 32;
-constexpr int64_t kSlice = 256;  // inputs summed in registers before they are added to the output; 16 or 32 KiB of a panel
+constexpr int64_t kSlice = 256;  // inputs summed before they are added to the output; 16 or 32 KiB of a panel
+constexpr int64_t kChain = 128;  // inputs summed in one register: rounding errors grow with the length of such a chain
 constexpr int64_t kInputs = 65536;  // inputs of the rows that pass over a panel together; 256 KiB, a part of the L2 cache
 
 // Vec: one register of floats. FMA is written out, because left to the compiler it may differ between tile heights.
@@ -31,6 +32,7 @@ inline Vec load(const BFloat16* p) {
 inline void store(float* p, Vec v) { _mm512_storeu_ps(p, v); }
 inline Vec broadcast(float x) { return _mm512_set1_ps(x); }
 inline Vec fma(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a, b, c); }
+inline Vec add(Vec a, Vec b) { return _mm512_add_ps(a, b); }
 #elif defined(__AVX2__) && defined(__FMA__)
 constexpr int kLanes = 8, kRows = 6;  // 12 sums, 2 weights, 1 input in 16 registers
 using Vec = __m256;
@@ -43,6 +45,7 @@ inline Vec load(const BFloat16* p) {
 inline void store(float* p, Vec v) { _mm256_storeu_ps(p, v); }
 inline Vec broadcast(float x) { return _mm256_set1_ps(x); }
 inline Vec fma(Vec a, Vec b, Vec c) { return _mm256_fmadd_ps(a, b, c); }
+inline Vec add(Vec a, Vec b) { return _mm256_add_ps(a, b); }
 #else
 constexpr int kLanes = 4, kRows = 4;
 struct Vec {
@@ -61,6 +64,10 @@ inline Vec fma(Vec a, Vec b, Vec c) {
   for (int i = 0; i < kLanes; ++i) c.v[i] = __builtin_fmaf(a.v[i], b.v[i], c.v[i]);
   return c;
 }
+inline Vec add(Vec a, Vec b) {
+  for (int i = 0; i < kLanes; ++i) a.v[i] += b.v[i];
+  return a;
+}
 #endif
 
 constexpr int kColumns = 2 * kLanes;  // of a tile; a panel holds kPanel / kColumns of them
@@ -68,25 +75,28 @@ constexpr int kColumns = 2 * kLanes;  // of a tile; a panel holds kPanel / kColu
 // tile[M][kPanel] = x[M][0..depth) * panel[0..depth)[kPanel]. The weights at `ahead` are fetched meanwhile, one row a step.
 template <int M, typename W>
 void multiply(const float* x, int64_t x_stride, const W* panel, int64_t depth, const W* ahead, float* tile) {
-  for (int64_t column = 0; column < kPanel; column += kColumns) {
-    Vec sums[M][2];
-    for (int m = 0; m < M; ++m) sums[m][0] = sums[m][1] = zero();
-    const W* weights = panel + column;
-    for (int64_t k = 0; k < depth; ++k, weights += kPanel) {
-      const Vec w0 = load(weights), w1 = load(weights + kLanes);
-      if (ahead != nullptr) __builtin_prefetch(ahead + k * kPanel + column);
+  for (int64_t column = 0; column < kPanel; column += kColumns)
+    for (int64_t begin = 0; begin < depth; begin += kChain) {
+      const int64_t end = std::min(begin + kChain, depth);
+      Vec sums[M][2];
+      for (int m = 0; m < M; ++m) sums[m][0] = sums[m][1] = zero();
+      const W* weights = panel + begin * kPanel + column;
+      for (int64_t k = begin; k < end; ++k, weights += kPanel) {
+        const Vec w0 = load(weights), w1 = load(weights + kLanes);
+        if (ahead != nullptr) __builtin_prefetch(ahead + k * kPanel + column);
 #pragma GCC unroll 16
-      for (int m = 0; m < M; ++m) {
-        const Vec input = broadcast(x[m * x_stride + k]);
-        sums[m][0] = fma(input, w0, sums[m][0]);
-        sums[m][1] = fma(input, w1, sums[m][1]);
+        for (int m = 0; m < M; ++m) {
+          const Vec input = broadcast(x[m * x_stride + k]);
+          sums[m][0] = fma(input, w0, sums[m][0]);
+          sums[m][1] = fma(input, w1, sums[m][1]);
+        }
       }
+      for (int m = 0; m < M; ++m)
+        for (int half = 0; half < 2; ++half) {
+          float* target = tile + m * kPanel + column + half * kLanes;
+          store(target, begin == 0 ? sums[m][half] : add(sums[m][half], load(target)));
+        }
     }
-    for (int m = 0; m < M; ++m) {
-      store(tile + m * kPanel + column, sums[m][0]);
-      store(tile + m * kPanel + column + kLanes, sums[m][1]);
-    }
-  }
 }
 
 // The same for 1 <= rows <= M, with the height known to the compiler.

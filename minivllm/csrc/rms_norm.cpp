@@ -14,12 +14,18 @@ struct Row {
   int64_t offset(int64_t r) const { return (r / rows.inner) * rows.outer_stride + (r % rows.inner) * rows.inner_stride; }
 };
 
-// 1 / sqrt(mean of squares + eps)
+// 1 / sqrt(mean of squares + eps); long rows are summed in parts, so that rounding does not grow with their length.
 float inverse_rms(const float* row, int64_t d, float eps) {
-  float sum = 0.0f;
+  constexpr int64_t kPart = 1024;
+  double total = 0.0;
+  for (int64_t begin = 0; begin < d; begin += kPart) {
+    const int64_t end = begin + kPart < d ? begin + kPart : d;
+    float sum = 0.0f;
 #pragma omp simd reduction(+ : sum)
-  for (int64_t i = 0; i < d; ++i) sum += row[i] * row[i];
-  return 1.0f / std::sqrt(sum / static_cast<float>(d) + eps);
+    for (int64_t i = begin; i < end; ++i) sum += row[i] * row[i];
+    total += sum;
+  }
+  return 1.0f / std::sqrt(static_cast<float>(total / static_cast<double>(d)) + eps);
 }
 
 // A float32 row needs no copy; out may be the row itself.

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from minivllm import ops
-from tests.ops.support import assert_close_to_exact, opcheck, randn
+from tests.ops.support import opcheck, randn
 
 SHAPES = [(1, 1), (31, 7), (32, 256), (33, 257), (100, 70), (256, 768), (4096, 256), (200, 1000)]
 
@@ -32,16 +32,15 @@ def test_matches_float64(shape: tuple[int, int], rows: int, exact: bool, seed: i
     out_features, in_features = shape
     weight = weights(out_features, in_features, exact, seed)
     x = randn(rows, in_features + 3, seed=seed + 1, dtype=torch.float32, device="cpu")[:, 1 : in_features + 1]
-    got = ops.packed_linear(x, ops.pack_linear_weight(weight), out_features)
-    # A running float32 sum of n products may round n times; PyTorch's own error varies with the library behind it.
-    bound = (
-        torch.finfo(torch.float32).eps
-        * (x.double().abs() @ weight.double().abs().T)
-        * max(1, min(in_features, 256))
-        / 2
-    )
-    assert ((got.double() - x.double() @ weight.double().T).abs() <= bound + 1e-30).all()
-    assert_close_to_exact(got, x.double() @ weight.double().T, x @ weight.T, factor=4.0)
+    got = ops.packed_linear(x, ops.pack_linear_weight(weight), out_features).double()
+    # PyTorch's own error is taken from a matrix product of the same kind: for a row or two its library sums in another
+    # order.
+    many = randn(256, in_features, seed=seed + 2, dtype=torch.float32, device="cpu")
+    torch_error = ((many @ weight.T).double() - many.double() @ weight.double().T).abs().max()
+    exact = x.double() @ weight.double().T
+    rounding = torch.finfo(torch.float32).eps * exact.abs().max() if rows else 0.0
+    assert got.shape == (rows, out_features)
+    assert ((got - exact).abs() <= 2 * torch_error + rounding).all()
 
 
 def test_a_row_does_not_depend_on_its_neighbours(seed: int) -> None:

@@ -368,8 +368,8 @@ def test_bad_input_is_named(device: str, case: str) -> None:
     change, message = BAD[case]
     arguments = {"logits": torch.ones(4, 8), **parameters(4)} | change
     moved = {}
-    for name, value in arguments.items():  # a plain .to() keeps the strides of a view
-        moved[name] = value.to(device)
+    for name, value in arguments.items():  # a plain .to() would make a strided view contiguous on another device
+        moved[name] = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=device).copy_(value)
     with pytest.raises(RuntimeError, match=rf"minivllm::sample: {message}"):
         ops.sample(**moved)
 
