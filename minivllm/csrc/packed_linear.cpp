@@ -3,13 +3,9 @@
 // come from memory once. For one row that is a matrix-vector product at the speed of memory, for many rows a matrix product at the
 // speed of the FMA units. Each output is summed in one fixed order whatever the tile, so a row does not depend on its neighbours.
 #include "common/check.h"
-#include "common/cpu.h"
+#include "common/simd.h"
 
 #include <algorithm>
-
-#if defined(__AVX512F__) || (defined(__AVX2__) && defined(__FMA__))
-#include <immintrin.h>
-#endif
 
 namespace minivllm {
 namespace {
@@ -19,57 +15,8 @@ constexpr int64_t kSlice = 256;  // inputs summed before they are added to the o
 constexpr int64_t kChain = 128;  // inputs summed in one register: rounding errors grow with the length of such a chain
 constexpr int64_t kInputs = 65536;  // inputs of the rows that pass over a panel together; 256 KiB, a part of the L2 cache
 
-// Vec: one register of floats. FMA is written out, because left to the compiler it may differ between tile heights.
-#if defined(__AVX512F__)
-constexpr int kLanes = 16, kRows = 12;  // 24 sums, 2 weights, 1 input in 32 registers
-using Vec = __m512;
-inline Vec zero() { return _mm512_setzero_ps(); }
-inline Vec load(const float* p) { return _mm512_loadu_ps(p); }
-inline Vec load(const BFloat16* p) {
-  const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
-  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
-}
-inline void store(float* p, Vec v) { _mm512_storeu_ps(p, v); }
-inline Vec broadcast(float x) { return _mm512_set1_ps(x); }
-inline Vec fma(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a, b, c); }
-inline Vec add(Vec a, Vec b) { return _mm512_add_ps(a, b); }
-#elif defined(__AVX2__) && defined(__FMA__)
-constexpr int kLanes = 8, kRows = 6;  // 12 sums, 2 weights, 1 input in 16 registers
-using Vec = __m256;
-inline Vec zero() { return _mm256_setzero_ps(); }
-inline Vec load(const float* p) { return _mm256_loadu_ps(p); }
-inline Vec load(const BFloat16* p) {
-  const __m128i bits = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
-  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16));
-}
-inline void store(float* p, Vec v) { _mm256_storeu_ps(p, v); }
-inline Vec broadcast(float x) { return _mm256_set1_ps(x); }
-inline Vec fma(Vec a, Vec b, Vec c) { return _mm256_fmadd_ps(a, b, c); }
-inline Vec add(Vec a, Vec b) { return _mm256_add_ps(a, b); }
-#else
-constexpr int kLanes = 4, kRows = 4;
-struct Vec {
-  float v[kLanes];
-};
-inline Vec zero() { return {}; }
-template <typename W>
-inline Vec load(const W* p) {
-  Vec out;
-  to_float(p, out.v, kLanes);
-  return out;
-}
-inline void store(float* p, Vec x) { from_float(x.v, p, kLanes); }
-inline Vec broadcast(float x) { return {{x, x, x, x}}; }
-inline Vec fma(Vec a, Vec b, Vec c) {
-  for (int i = 0; i < kLanes; ++i) c.v[i] = __builtin_fmaf(a.v[i], b.v[i], c.v[i]);
-  return c;
-}
-inline Vec add(Vec a, Vec b) {
-  for (int i = 0; i < kLanes; ++i) a.v[i] += b.v[i];
-  return a;
-}
-#endif
-
+// A tile keeps two vectors of sums a row, two of weights and one input in registers: 12 rows of 32, or 6 of 16.
+constexpr int kRows = kVectorRegisters == 32 ? 12 : 6;
 constexpr int kColumns = 2 * kLanes;  // of a tile; a panel holds kPanel / kColumns of them
 
 // tile[M][kPanel] = x[M][0..depth) * panel[0..depth)[kPanel]. The weights at `ahead` are fetched meanwhile, one row a step.
@@ -79,22 +26,22 @@ void multiply(const float* x, int64_t x_stride, const W* panel, int64_t depth, c
     for (int64_t begin = 0; begin < depth; begin += kChain) {
       const int64_t end = std::min(begin + kChain, depth);
       Vec sums[M][2];
-      for (int m = 0; m < M; ++m) sums[m][0] = sums[m][1] = zero();
+      for (int m = 0; m < M; ++m) sums[m][0] = sums[m][1] = Vec{};
       const W* weights = panel + begin * kPanel + column;
       for (int64_t k = begin; k < end; ++k, weights += kPanel) {
         const Vec w0 = load(weights), w1 = load(weights + kLanes);
         if (ahead != nullptr) __builtin_prefetch(ahead + k * kPanel + column);
 #pragma GCC unroll 16
         for (int m = 0; m < M; ++m) {
-          const Vec input = broadcast(x[m * x_stride + k]);
-          sums[m][0] = fma(input, w0, sums[m][0]);
-          sums[m][1] = fma(input, w1, sums[m][1]);
+          const float input = x[m * x_stride + k];
+          sums[m][0] = multiply_add(input, w0, sums[m][0]);
+          sums[m][1] = multiply_add(input, w1, sums[m][1]);
         }
       }
       for (int m = 0; m < M; ++m)
         for (int half = 0; half < 2; ++half) {
           float* target = tile + m * kPanel + column + half * kLanes;
-          store(target, begin == 0 ? sums[m][half] : add(sums[m][half], load(target)));
+          store(target, begin == 0 ? sums[m][half] : sums[m][half] + load(target));
         }
     }
 }

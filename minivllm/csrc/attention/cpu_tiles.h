@@ -1,54 +1,15 @@
 // The arithmetic of attention on one tile: transpose keys, multiply small matrices, one step of the online softmax.
-// Everything is float32 on vectors of the compiler (GCC and Clang `vector_size`), so accumulators stay in registers with few
-// intrinsics. Every result is the same sequence of operations whatever the blocking, and where the compiler could fuse a
-// product and a sum in one place but not in another, the fusion is written out: that makes results reproducible to the bit.
+// Everything is float32 on vector registers (common/simd.h), and every result is the same sequence of operations whatever the
+// blocking: that makes results reproducible to the bit.
 #pragma once
 
-#include "common/cpu.h"
+#include "common/simd.h"
 
 #include <algorithm>
 #include <limits>
 #include <type_traits>
 
-#if defined(__AVX__)
-#include <immintrin.h>
-#elif defined(__aarch64__)
-#include <arm_neon.h>
-#endif
-
 namespace minivllm::attention {
-
-#if defined(__AVX512F__)
-constexpr int kLanes = 16, kVectorRegisters = 32;
-#elif defined(__AVX__)
-constexpr int kLanes = 8, kVectorRegisters = 16;
-#elif defined(__aarch64__)
-constexpr int kLanes = 4, kVectorRegisters = 32;
-#else
-constexpr int kLanes = 4, kVectorRegisters = 16;
-#endif
-
-typedef float Vec __attribute__((vector_size(kLanes * sizeof(float))));
-
-inline Vec load(const float* p) {
-  Vec v;
-  std::memcpy(&v, p, sizeof v);
-  return v;
-}
-
-inline void store(float* p, Vec v) { std::memcpy(p, &v, sizeof v); }
-
-inline Vec multiply_add(float a, Vec b, Vec c) {
-#if defined(__AVX512F__)
-  return _mm512_fmadd_ps(_mm512_set1_ps(a), b, c);
-#elif defined(__AVX__) && defined(__FMA__)
-  return _mm256_fmadd_ps(_mm256_set1_ps(a), b, c);
-#elif defined(__aarch64__)
-  return vfmaq_n_f32(c, b, a);
-#else
-  return a * b + c;  // there is nothing to fuse with
-#endif
-}
 
 inline int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 
