@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import random
+import shutil
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
 from minivllm import LLM, ConfigError, EngineDeadError, RequestError, SamplingParams
+from minivllm.hub import BUNDLED_MODEL
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True)
 
@@ -192,6 +196,16 @@ def test_a_request_beyond_the_cache_is_refused_with_what_would_fit() -> None:
 def test_bad_options_are_named(options: dict[str, object], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         LLM(**options)  # type: ignore[arg-type]
+
+
+def test_a_tokenizer_of_another_model_is_refused(tmp_path: Path) -> None:
+    shutil.copytree(BUNDLED_MODEL, tmp_path / "model")
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    changed = {**config, "vocab_size": 4000, "eos_token_id": 1, "bos_token_id": None}
+    (tmp_path / "model" / "config.json").write_text(json.dumps(changed))
+    (tmp_path / "model" / "generation_config.json").unlink()
+    with pytest.raises(ConfigError, match=r"tokenizer in .* has 4096 ids, but the model's vocabulary is 4000"):
+        LLM(tmp_path / "model", device="cpu", load_format="dummy", num_kv_blocks=64)
 
 
 def test_a_closed_llm_says_so() -> None:

@@ -19,6 +19,8 @@ def info() -> None:
 
     build = ops.build_info()
     facts = Table(show_header=False, box=None)
+    facts.add_column()
+    facts.add_column(overflow="fold")
     facts.add_row("minivllm", minivllm.__version__)
     facts.add_row("python, torch", f"{platform.python_version()}, {torch.__version__} (CUDA {torch.version.cuda})")
     facts.add_row("CPU threads", str(torch.get_num_threads()))
@@ -36,6 +38,6 @@ def info() -> None:
         serves.add_column(column)
     for name, devices in ops.served_by().items():
         serves.add_row(name, devices["CPU"], devices["CUDA"])
-    console = Console(soft_wrap=True)
+    console = Console()
     console.print(facts)
     console.print(serves)

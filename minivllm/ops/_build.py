@@ -104,7 +104,7 @@ def _locked(folder: Path) -> Iterator[None]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            _console.print("minivllm: another process is compiling the kernels; waiting for it")
+            _console.print("minivllm: another process is compiling the kernels; waiting for it", soft_wrap=True)
             fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
@@ -183,9 +183,11 @@ def _progress(folder: Path, num_files: int, what: str, verbose: bool) -> Iterato
     build."""
     start = time.monotonic()
     if verbose or not _console.is_terminal:
-        _console.print(f"minivllm: {what} (once; later imports load them from the cache)", highlight=False)
+        _console.print(
+            f"minivllm: {what} (once; later imports load them from the cache)", highlight=False, soft_wrap=True
+        )
         yield
-        _console.print(f"minivllm: compiled in {time.monotonic() - start:.1f} s", highlight=False)
+        _console.print(f"minivllm: compiled in {time.monotonic() - start:.1f} s", highlight=False, soft_wrap=True)
         return
     stop = threading.Event()
     columns = (SpinnerColumn(), TextColumn("minivllm: {task.description}"), BarColumn(), TimeElapsedColumn())
@@ -203,7 +205,7 @@ def _progress(folder: Path, num_files: int, what: str, verbose: bool) -> Iterato
         finally:
             stop.set()
             watcher.join()
-    _console.print(f"minivllm: {what}: {time.monotonic() - start:.1f} s", highlight=False)
+    _console.print(f"minivllm: {what}: {time.monotonic() - start:.1f} s", highlight=False, soft_wrap=True)
 
 
 def _write_done(folder: Path, target: Target, seconds: float) -> None:
