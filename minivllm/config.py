@@ -241,7 +241,7 @@ class EngineConfig:
     max_num_batched_tokens: most query tokens of one step, at least max_num_seqs.
     block_size: tokens of one block of the KV cache, a power of two from 8 to 256.
     num_kv_blocks: size of the KV cache in blocks; None fits it to the memory.
-    gpu_memory_utilization: share of the device's memory that the engine may use, in (0, 1].
+    gpu_memory_utilization: share of a GPU's memory that the engine may use, in (0, 1]; a CPU has no such limit.
     load_format: "auto" reads the weights; "dummy" fills them with random numbers, for measurements.
     seed: what the draws of requests without a seed are derived from.
     enable_prefix_caching, enforce_eager, tensor_parallel_size: come in a later version; only the default is accepted.

@@ -41,6 +41,7 @@ if TYPE_CHECKING:
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object a prompt instead of text.")
 @click.option("--no-stream", is_flag=True, help="Print each text when it is complete.")
 @click.option("--stats", is_flag=True, help="Print time to first token, tokens/s and cache use to stderr.")
+@click.option("--max-model-len", type=int, help="Longest prompt and answer in tokens.  [default: the model's]")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
 @click.option("--dtype", default="auto", show_default=True, help="auto, float32, bfloat16 or float16.")
 def generate(
@@ -57,6 +58,7 @@ def generate(
     as_json: bool,
     no_stream: bool,
     stats: bool,
+    max_model_len: int | None,
     device: str,
     dtype: str,
 ) -> None:
@@ -73,7 +75,7 @@ def generate(
         temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p, max_tokens=max_tokens, seed=seed
     )
     engine_seed = secrets.randbits(62)  # a prompt without --seed draws anew each time
-    with LLM(model, device=device, dtype=dtype, seed=engine_seed) as llm:
+    with LLM(model, device=device, dtype=dtype, max_model_len=max_model_len, seed=engine_seed) as llm:
         ready = time.monotonic()
         conversations = [[{"role": "user", "content": text}] for text in texts]
         deltas = llm.stream_chat(conversations, params) if chat else llm.stream(texts, params)

@@ -5,6 +5,7 @@ Layout of each tensor: [num_blocks, num_kv_heads, block_size, head_dim], as `min
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -14,7 +15,6 @@ from torch import Tensor
 from minivllm.config import ModelConfig
 from minivllm.errors import ConfigError
 
-# On a CPU the cache shares the memory with everything else; pages that are never written cost nothing.
 CPU_CACHE_BYTES = 4 << 30
 
 
@@ -51,6 +51,16 @@ def block_bytes(config: ModelConfig, block_size: int, dtype: torch.dtype) -> int
     return per_token * block_size
 
 
+def cpu_cache_bytes(bytes_per_block: int, max_model_len: int, block_size: int) -> int:
+    """Bytes for the cache on a CPU: 4 GiB, or one whole sequence where that is more, within the machine's memory.
+
+    Pages of it that are never written cost nothing.
+    """
+    physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    one_sequence = -(-max_model_len // block_size) * bytes_per_block
+    return min(max(CPU_CACHE_BYTES, one_sequence), physical)
+
+
 def blocks_that_fit(
     free_bytes: int, bytes_per_block: int, most_useful: int, max_model_len: int, block_size: int
 ) -> int:
@@ -66,6 +76,6 @@ def blocks_that_fit(
         raise ConfigError(
             f"the KV cache of one sequence of max_model_len={max_model_len} tokens needs {needed} blocks, but only "
             f"{max(fitting, 0)} fit ({missing:.2f} GiB are missing). Lower max_model_len to "
-            f"{max(fitting, 0) * block_size} or raise gpu_memory_utilization"
+            f"{max(fitting, 0) * block_size}, or raise gpu_memory_utilization on a GPU"
         )
     return fitting

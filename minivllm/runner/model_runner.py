@@ -21,7 +21,7 @@ from minivllm.models import build_model, weights
 from minivllm.runner import sampler
 from minivllm.runner.forward_batch import ForwardBatch
 from minivllm.runner.input_builder import InputBuilder
-from minivllm.runner.kv_cache import CPU_CACHE_BYTES, KVCache, block_bytes, blocks_that_fit
+from minivllm.runner.kv_cache import KVCache, block_bytes, blocks_that_fit, cpu_cache_bytes
 
 
 @dataclass(frozen=True)
@@ -123,7 +123,10 @@ class ModelRunner:
     def _fitting_blocks(self, config: EngineConfig) -> int:
         bytes_per_block = block_bytes(self.model_config, config.block_size, self.dtype)
         most_useful = config.max_num_seqs * -(-self.max_model_len // config.block_size)
-        free = CPU_CACHE_BYTES if self.device.type == "cpu" else self._free_after_peak(config)
+        if self.device.type == "cpu":
+            free = cpu_cache_bytes(bytes_per_block, self.max_model_len, config.block_size)
+        else:
+            free = self._free_after_peak(config)
         return blocks_that_fit(free, bytes_per_block, most_useful, self.max_model_len, config.block_size)
 
     def _free_after_peak(self, config: EngineConfig) -> int:
