@@ -74,6 +74,8 @@ def prepare(corpus: Path, work: Path, settings: Settings, workers: int, device: 
     started = time.perf_counter()
     books = load_books(corpus)
     documents = {story: [d for b in books if b.is_story == story for d in b.documents] for story in (True, False)}
+    if not documents[True] or not documents[False] or not any("fairytale" in b.name for b in books):
+        raise click.UsageError(f"{corpus} has {len(books)} books; it needs stories, novels and a file of fairy tales")
     ranks = _ranks(work / "tokenizer.tiktoken", documents, settings.seed)
     encoding = make_encoding(ranks)
     stories, starts = encode_documents(encoding, documents[True])
