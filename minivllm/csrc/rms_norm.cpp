@@ -9,11 +9,6 @@
 namespace minivllm {
 namespace {
 
-struct Row {
-  const Rows rows;
-  int64_t offset(int64_t r) const { return (r / rows.inner) * rows.outer_stride + (r % rows.inner) * rows.inner_stride; }
-};
-
 // 1 / sqrt(mean of squares + eps); long rows are summed in parts, so that rounding does not grow with their length.
 float inverse_rms(const float* row, int64_t d, float eps) {
   constexpr int64_t kPart = 1024;
@@ -49,8 +44,8 @@ void normalise(float* wide, const T* weight, float* scratch, T* out, int64_t d, 
 }
 
 template <typename T>
-void rms_norm_rows(const T* x, const Row& rows, const T* weight, T* out, int64_t d, float eps) {
-  parallel_items(rows.rows.count, d, [&](int64_t begin, int64_t end) {
+void rms_norm_rows(const T* x, const Rows& rows, const T* weight, T* out, int64_t d, float eps) {
+  parallel_items(rows.count, d, [&](int64_t begin, int64_t end) {
     if constexpr (std::is_same_v<T, float>) {
       for (int64_t r = begin; r < end; ++r) normalise_float(x + rows.offset(r), weight, out + r * d, d, eps);
       return;
@@ -64,8 +59,8 @@ void rms_norm_rows(const T* x, const Row& rows, const T* weight, T* out, int64_t
 }
 
 template <typename T>
-void fused_rows(T* x, const Row& x_rows, T* residual, const Row& r_rows, const T* weight, int64_t d, float eps) {
-  parallel_items(x_rows.rows.count, 2 * d, [&](int64_t begin, int64_t end) {
+void fused_rows(T* x, const Rows& x_rows, T* residual, const Rows& r_rows, const T* weight, int64_t d, float eps) {
+  parallel_items(x_rows.count, 2 * d, [&](int64_t begin, int64_t end) {
     std::vector<float> buffer(2 * d);
     float *sum = buffer.data(), *scratch = buffer.data() + d;
     for (int64_t r = begin; r < end; ++r) {
@@ -108,7 +103,7 @@ FusedRows check_fused(const Tensor& x, const Tensor& residual, const Tensor& wei
 }
 
 Tensor rms_norm_cpu(const Tensor& x, const Tensor& weight, double eps) {
-  const Row rows{check_rms_norm(x, weight)};
+  const Rows rows = check_rms_norm(x, weight);
   Tensor out = torch::stable::new_empty(x, x.sizes());
   dispatch_float(x.scalar_type(), [&](auto* tag) {
     using T = std::remove_pointer_t<decltype(tag)>;
@@ -122,7 +117,7 @@ void fused_add_rms_norm_cpu(Tensor x, Tensor residual, const Tensor& weight, dou
   const FusedRows rows = check_fused(x, residual, weight);
   dispatch_float(x.scalar_type(), [&](auto* tag) {
     using T = std::remove_pointer_t<decltype(tag)>;
-    fused_rows(static_cast<T*>(x.data_ptr()), Row{rows.x}, static_cast<T*>(residual.data_ptr()), Row{rows.residual},
+    fused_rows(static_cast<T*>(x.data_ptr()), rows.x, static_cast<T*>(residual.data_ptr()), rows.residual,
                static_cast<const T*>(weight.data_ptr()), weight.size(0), static_cast<float>(eps));
   });
 }

@@ -48,7 +48,7 @@ Tensor silu_and_mul_cpu(const Tensor& x) {
     parallel_items(rows.count, kCost * d, [&](int64_t begin, int64_t end) {
       std::vector<float> scratch(2 * d);
       for (int64_t r = begin; r < end; ++r) {
-        const T* row = in + (r / rows.inner) * rows.outer_stride + (r % rows.inner) * rows.inner_stride;
+        const T* row = in + rows.offset(r);
         silu_row(row, row + d, result + r * d, d, scratch.data());
       }
     });

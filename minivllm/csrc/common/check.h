@@ -113,6 +113,7 @@ class Check {
 // One stride is enough for a matrix; two for the heads of a packed qkv tensor.
 struct Rows {
   int64_t count = 1, inner = 1, outer_stride = 0, inner_stride = 0;
+  int64_t offset(int64_t r) const { return (r / inner) * outer_stride + (r % inner) * inner_stride; }
 };
 
 inline Rows collapse_rows(const Check& check, const char* name, const Tensor& t) {
