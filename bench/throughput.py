@@ -83,7 +83,8 @@ def main(
 ) -> None:  # fmt: skip
     """Compare tokens per second with `transformers` on the same work."""
     rng = random.Random(0)
-    with LLM(model, device=device, dtype=dtype, load_format=load_format, max_num_seqs=max(requests, 1)) as llm:
+    options = {"device": device, "dtype": dtype, "load_format": load_format, "max_num_seqs": max(requests, 1)}
+    with LLM(model, enable_prefix_caching=False, **options) as llm:  # the repeats must compute their prompts again
         vocab = llm.engine.model_config.vocab_size
         lengths = [rng.randint(max(1, prompt_tokens // 2), prompt_tokens) for _ in range(requests)]
         prompts = [rng.choices(range(vocab), k=length) for length in lengths]

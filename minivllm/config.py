@@ -19,6 +19,8 @@ from minivllm.errors import ConfigError
 from minivllm.options import check_bool, check_choice, check_float, check_int, show, strict_keywords
 
 DTYPES = ("float32", "bfloat16", "float16")
+POLICIES = ("fcfs", "priority")
+"""Orders of urgency of requests: by arrival, or by priority (lower first) and then by arrival."""
 
 # Upper limits far above any model in use and far below what could overflow an int32 index or the host's memory.
 _INT_LIMITS = {
@@ -244,7 +246,12 @@ class EngineConfig:
     gpu_memory_utilization: share of a GPU's memory that the engine may use, in (0, 1]; a CPU has no such limit.
     load_format: "auto" reads the weights; "dummy" fills them with random numbers, for measurements.
     seed: what the draws of requests without a seed are derived from.
-    enable_prefix_caching, enforce_eager, tensor_parallel_size: come in a later version; only the default is accepted.
+    enable_prefix_caching: keep computed prompts and answers in the KV cache for later requests that begin with them.
+    scheduling_policy: "fcfs", or "priority": requests of lower priority first, of equal ones the first to come.
+    prefix_aware_scheduling: a request whose prompt mostly equals one that is being computed waits for that one.
+    max_num_waiting: most requests that wait at once; more are refused with QueueFullError.
+    trace: file to which every step is written, for https://ui.perfetto.dev and `python -m minivllm trace`.
+    enforce_eager, tensor_parallel_size: come in a later version; only the default is accepted.
     """
 
     model: str | None = None
@@ -257,6 +264,10 @@ class EngineConfig:
     num_kv_blocks: int | None = None
     gpu_memory_utilization: float = 0.9
     enable_prefix_caching: bool = True
+    scheduling_policy: str = "fcfs"
+    prefix_aware_scheduling: bool = True
+    max_num_waiting: int = 65536
+    trace: str | None = None
     enforce_eager: bool = False
     tensor_parallel_size: int = 1
     load_format: str = "auto"
@@ -267,6 +278,7 @@ class EngineConfig:
         self._check_int("max_num_seqs", 1, 1 << 16)
         self._check_int("max_num_batched_tokens", 1, 1 << 20)
         self._check_int("block_size", 8, 256)
+        self._check_int("max_num_waiting", 1, 1 << 24)
         self._check_int("tensor_parallel_size", 1, 1 << 10)
         self._check_int("seed", -(2**63), 2**63 - 1)
         if self.max_model_len is not None:  # 2: one token of prompt, one generated
@@ -276,6 +288,8 @@ class EngineConfig:
         share = check_float("gpu_memory_utilization", self.gpu_memory_utilization, 0, 1, ConfigError, low_excluded=True)
         _set(self, "gpu_memory_utilization", share)
         check_bool("enable_prefix_caching", self.enable_prefix_caching, ConfigError)
+        check_choice("scheduling_policy", self.scheduling_policy, POLICIES, ConfigError)
+        check_bool("prefix_aware_scheduling", self.prefix_aware_scheduling, ConfigError)
         check_bool("enforce_eager", self.enforce_eager, ConfigError)
         self._check_together()
 
@@ -288,6 +302,11 @@ class EngineConfig:
             _set(self, "model", os.fspath(model))
         elif model is not None and (not isinstance(model, str) or not model):
             raise ConfigError(f"model is {show(model)}; it must be a folder, or None for the bundled model")
+        trace: Any = self.trace
+        if isinstance(trace, os.PathLike):
+            _set(self, "trace", os.fspath(trace))
+        elif trace is not None and (not isinstance(trace, str) or not trace):
+            raise ConfigError(f"trace is {show(trace)}; it must be the path of a file to write, or None")
         if not isinstance(self.device, str) or not re.fullmatch(r"auto|cpu|cuda(:[0-9]{1,3})?", self.device):
             raise ConfigError(f"device is {show(self.device)}; it must be 'auto', 'cpu', 'cuda' or 'cuda:N'")
         check_choice("dtype", self.dtype, ("auto", *DTYPES), ConfigError)
@@ -302,7 +321,7 @@ class EngineConfig:
                 f"{self.max_num_seqs}; a step must hold one token of every running request: raise it or lower that"
             )
         defaults = {field.name: field.default for field in fields(self)}
-        for name in ("enable_prefix_caching", "enforce_eager", "tensor_parallel_size"):
+        for name in ("enforce_eager", "tensor_parallel_size"):
             if getattr(self, name) != defaults[name]:
                 raise ConfigError(f"{name} comes in a later version; leave it at {defaults[name]}")
 

@@ -4,6 +4,7 @@
     |-- ConfigError               an engine or model option, or a model folder's config, cannot be used
     |-- RequestError              one request is wrong (HTTP 400); the engine goes on
     |   `-- ChatTemplateError     messages cannot be rendered with the model's chat template
+    |-- QueueFullError            too many requests wait already (HTTP 429); try again later
     |-- WeightError               a checkpoint's tensors do not fit the model
     |-- TokenizerError            a tokenizer folder cannot be read
     `-- EngineDeadError           the engine has stopped; nothing more will be answered
@@ -28,6 +29,10 @@ class RequestError(MiniVLLMError):
 
 class ChatTemplateError(RequestError):
     """Messages cannot be rendered with the model's chat template."""
+
+
+class QueueFullError(MiniVLLMError):
+    """Too many requests wait already; the request is right and may be sent again later."""
 
 
 class WeightError(MiniVLLMError):

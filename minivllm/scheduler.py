@@ -1,55 +1,44 @@
 """Which requests run in the next step, and what its results mean: all policy of the engine.
 
-Each step every decoding request gets one token, then prompts share what is left of the token budget, oldest first.
-State moves on when a batch is scheduled, not when its tokens come back, so step n + 1 can be scheduled while step n
-computes: a decode row needs no known token. Results of a request that turns out to have ended are dropped.
+Each step every decoding request gets one token, then prompts share what is left of the token budget, the most urgent
+first. State moves on when a batch is scheduled, not when its tokens come back, so step n + 1 can be scheduled while
+step n computes: a decode row needs no known token. Results of a request that turns out to have ended are dropped. When
+the cache is full, the least urgent request gives its blocks back and is computed again later.
 """
 
 from __future__ import annotations
 
 import time
-from collections import OrderedDict, deque
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import NamedTuple
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
 
-from minivllm.batch import Batch, SlotParams
-from minivllm.cache.block_manager import BlockManager
+from minivllm.batch import Batch, BatchResult
+from minivllm.cache.block_manager import BlockManager, Prefix
+from minivllm.cache.radix_tree import token_key
 from minivllm.errors import RequestError
-from minivllm.request import FinishReason, Request
+from minivllm.lazy_heap import LazyHeap
+from minivllm.request import FinishReason, Request, StepOutput
+from minivllm.scheduling.flight import Chunk, Flight
+from minivllm.scheduling.limits import Limits
+from minivllm.scheduling.prefixes import best_prefix, computed_by_another
+from minivllm.scheduling.running_set import RunningSet, full_key, num_tokens_of, slot_of
+from minivllm.scheduling.waiting_queue import WaitingQueue
 
-
-class StepOutput(NamedTuple):
-    """What one step gave one request: a token, an end, or both. token_id is None where the logits were no numbers."""
-
-    request_id: str
-    token_id: int | None
-    finish_reason: FinishReason | None
-
-
-@dataclass(slots=True)
-class _Flight:
-    """A batch that was scheduled and whose tokens have not come back.
-
-    draws: the requests of batch.samples, in that order.
-    leaving: slot -> request that no later batch contains; its slot and blocks are given back when this one lands.
-    """
-
-    batch: Batch = field(default_factory=Batch)
-    draws: list[Request] = field(default_factory=list)
-    leaving: dict[int, Request] = field(default_factory=dict)
+Observer = Callable[[str, "str | None", Mapping[str, object]], None]
+"""Is told (event, label of a request or None, facts): see `Scheduler._tell`'s callers for the events."""
 
 
 class Scheduler:
-    """Continuous batching under a token budget, first come first served, with chunked prompts.
+    """Continuous batching under a token budget, with chunked prompts, shared prefixes and preemption.
 
-    A request is admitted only when the cache has room for all that it and every running request can ever need.
     max_num_seqs: most requests that hold a slot at once. max_num_batched_tokens: most query tokens of a step, at least
-    max_num_seqs. max_model_len: most tokens of a prompt and its answer together. clock: seconds, for the metrics.
+    max_num_seqs. max_model_len: most tokens of a prompt and its answer together. policy: "fcfs", or "priority": lower
+    first, then by arrival. prefix_aware: a waiting request whose prompt mostly equals one that is being computed waits
+    for that instead of computing it twice. max_num_waiting: bound of the queue; None: none. clock: seconds.
 
-    A request with a slot is in exactly one of three places, and each batch contains every request of the first two:
-    `_prefilling` (at most one: a prompt is cut only where the budget of a step ends), `_decoding`, or the `leaving` of
-    the last flight that contains it. Hence that flight alone decides when a slot can be given to another request.
+    A request that has not ended is in exactly one place: the waiting queue, `_prefilling`, `_decoding`, or, once all of
+    it was scheduled, the `leaving` of the last flight that contains it. A request that ended with a slot is in the
+    `leaving` of the last flight: only then can no batch that is out write to its blocks.
     """
 
     def __init__(
@@ -59,20 +48,27 @@ class Scheduler:
         max_num_seqs: int,
         max_num_batched_tokens: int,
         max_model_len: int,
+        policy: str = "fcfs",
+        prefix_aware: bool = True,
+        max_num_waiting: int | None = None,
         clock: Callable[[], float] = time.monotonic,
+        observer: Observer | None = None,
     ) -> None:
         assert 1 <= max_num_seqs <= max_num_batched_tokens, "a step must hold one token of every running request"
         self._blocks = block_manager
-        self._max_num_seqs = max_num_seqs
         self._max_num_batched_tokens = max_num_batched_tokens
-        self._max_model_len = max_model_len
+        self.limits = Limits(max_model_len, block_manager.num_tokens, max_num_waiting)
+        self._prefix_aware = prefix_aware and block_manager.prefix_caching
         self._clock = clock
-        self._requests: dict[str, Request] = {}  # all that have not ended
-        self._waiting: OrderedDict[str, Request] = OrderedDict()  # oldest first
-        self._prefilling: Request | None = None
-        self._decoding: dict[int, Request] = {}  # slot -> request
-        self._flights: deque[_Flight] = deque()  # oldest first
-        self._free_slots = list(range(max_num_seqs - 1, -1, -1))
+        self._observer = observer
+        self._requests: dict[str, list[Request]] = {}  # all that have not ended
+        self._num_live = 0
+        self._num_arrived = 0
+        self._waiting = WaitingQueue(policy)
+        self._deadlines: LazyHeap[Request] = LazyHeap()
+        self._running = RunningSet(block_manager, max_num_seqs)
+        self._flights: deque[Flight] = deque()  # oldest first
+        self._full = False  # the most urgent waiting request did not fit, and nothing happened since
 
     @property
     def has_unfinished(self) -> bool:
@@ -81,208 +77,318 @@ class Scheduler:
 
     @property
     def num_running(self) -> int:
-        """Requests that have a slot and have not ended."""
-        return len(self._requests) - len(self._waiting)
+        """Sequences that have a slot and have not ended."""
+        return self._num_live - len(self._waiting)
 
     @property
     def num_waiting(self) -> int:
-        """Requests that have no slot yet."""
+        """Sequences that have no slot yet, or none any more."""
         return len(self._waiting)
 
-    def add(self, request: Request) -> None:
-        """Queue `request`, its max_tokens lowered to what the context length leaves.
+    def add(self, samples: Sequence[Request]) -> None:
+        """Queue one request: all its samples, of which the first is the leader of the others.
 
-        Raises RequestError for an id that is in use, an empty prompt, a prompt that leaves no room for an answer, and
-        a request that the whole cache could not hold.
+        Raises RequestError for an id that is in use and for what can never fit (`Limits`), and QueueFullError.
         """
-        name, length = request.request_id, len(request.prompt_token_ids)
+        leader = samples[0]
+        name = leader.request_id
         if name in self._requests:
             raise RequestError(f"request id {name!r} is in use; give every request its own")
-        if not 1 <= length < self._max_model_len:
-            raise RequestError(
-                f"the prompt of request {name!r} has {length} tokens; it must have from 1 to "
-                f"{self._max_model_len - 1}, as max_model_len is {self._max_model_len} and holds prompt and answer"
-            )
-        max_tokens = min(request.max_tokens, self._max_model_len - length)
-        num_to_schedule = length + max_tokens - 1
-        if num_to_schedule > self._blocks.num_tokens:
-            raise RequestError(
-                f"request {name!r} has a prompt of {length} tokens and max_tokens {max_tokens}, but at most "
-                f"{self._blocks.num_tokens + 1} together fit the KV cache; shorten the prompt, lower max_tokens, or "
-                f"give the cache more blocks"
-            )
-        request.max_tokens = max_tokens
-        request.num_to_schedule = num_to_schedule
-        request.arrival_time = self._clock()
-        self._requests[name] = self._waiting[name] = request
+        length = len(leader.prompt_token_ids)
+        max_tokens = self.limits.most_tokens(name, length, leader.max_tokens)
+        self.limits.check_queue(len(self._waiting), len(samples))
+        leader.key = token_key(leader.prompt_token_ids)
+        now = self._clock()
+        for request in samples:
+            request.max_tokens, request.num_to_schedule = max_tokens, length + max_tokens - 1
+            request.key, request.num_known = leader.key, length
+            request.arrival_time, request.arrival_number = now, self._num_arrived
+            self._num_arrived += 1
+            if request.params.timeout is not None:
+                request.deadline = now + request.params.timeout
+                self._deadlines.push(request, request.deadline)
+            self._tell("queued", request, prompt_tokens=length, max_tokens=max_tokens, priority=request.priority)
+        self._requests[name] = list(samples)
+        self._num_live += len(samples)
+        self._waiting.push(leader)
+        for request in samples[1:]:
+            self._waiting.hold(request, leader)
+        if self._waiting.peek() is leader:
+            self._full = False
 
     def abort(self, request_id: str) -> bool:
-        """End a request at once; False where the id is unknown or has ended.
+        """End all samples of a request at once; False where the id is unknown or has ended.
 
-        True is the whole report: no `StepOutput` of this request follows. Its slot and blocks are given back when no
-        batch that is out contains it.
+        True is the whole report: no `StepOutput` of this request follows. Slots and blocks are given back when no batch
+        that is out contains it.
         """
-        request = self._requests.get(request_id)
-        if request is None:
-            return False
-        self._end(request, FinishReason.ABORT, self._clock())
-        return True
+        samples = self._requests.get(request_id)
+        for request in list(samples or ()):
+            self.finish(request, FinishReason.ABORT)
+        return samples is not None
+
+    def finish(self, request: Request, reason: FinishReason) -> None:
+        """End one sequence that has not ended, for a reason outside of the scheduler. No `StepOutput` of it follows."""
+        assert request.finish_reason is None, f"{request.label} has ended"
+        self._end(request, reason, self._clock())
+
+    def expire(self) -> list[StepOutput]:
+        """End the requests whose deadline has passed; to be called before each `schedule`."""
+        outputs: list[StepOutput] = []
+        now = self._clock()
+        while (request := self._deadlines.peek()) is not None and request.deadline is not None:
+            if request.deadline > now:
+                break
+            self._end(request, FinishReason.TIMEOUT, now)
+            outputs.append(StepOutput(request.request_id, request.index, None, FinishReason.TIMEOUT))
+        return outputs
+
+    def clear_cache(self) -> None:
+        """Forget all cached prefixes; what runs goes on, and nothing computed before now is shared later."""
+        self._blocks.clear()
+        self._full = False
+        self._tell("cleared", None)
 
     def schedule(self) -> Batch | None:
         """The next batch; None where nothing can be computed before a batch that is out comes back, or at all."""
-        flight = _Flight()
+        if not self._make_room():
+            return None
+        flight = Flight()
         self._schedule_decodes(flight)
         self._schedule_prompts(flight)
+        while not flight.batch.slots and not self._flights and len(self._running.prefilling) > 1:
+            self._preempt(self._running.prefilling[-1], "prompts that were begun hold each other's blocks")
+            self._schedule_prompts(flight)
         if not flight.batch.slots:
             return None
+        self._running.add_changes(flight)
         self._flights.append(flight)
         return flight.batch
 
-    def update(self, batch: Batch, token_ids: Sequence[int]) -> list[StepOutput]:
-        """Take the tokens drawn in `batch`, one for each of batch.samples, -1 where the logits were no numbers.
+    def update(self, batch: Batch, result: BatchResult) -> list[StepOutput]:
+        """Take what came of `batch`. Batches come back in the order in which they were scheduled.
 
-        Batches come back in the order in which they were scheduled. Returns an entry for each request that got a token
-        or ended.
+        Returns an entry for each sequence that got a token or ended.
         """
         flight = self._flights.popleft()
         assert flight.batch is batch, "batches come back in the order in which they were scheduled"
-        assert len(token_ids) == len(flight.draws), f"{len(token_ids)} tokens for {len(flight.draws)} rows that draw"
+        ids = result.token_ids
+        assert len(ids) == len(flight.draws), f"{len(ids)} tokens for {len(flight.draws)} rows that draw"
+        if result.logprobs or result.embeddings:
+            flight.keep_extras(result)
         now = self._clock()
-        outputs = []
-        for request, token in zip(flight.draws, token_ids, strict=True):
+        outputs: list[StepOutput] = []
+        new = tuple.__new__
+        for request, token in zip(flight.draws, ids, strict=True):
             if request.finish_reason is not None:  # it ended while this batch was out
                 continue
             drawn = request.output_token_ids
             if token < 0:
                 self._end(request, FinishReason.ERROR, now)
-                outputs.append(StepOutput(request.request_id, None, FinishReason.ERROR))
+                outputs.append(StepOutput(request.request_id, request.index, None, FinishReason.ERROR))
                 continue
             if not drawn:
                 request.first_token_time = now
+                self._tell("first_token", request)
             drawn.append(token)
             if token in request.stop_ids:
                 self._end(request, FinishReason.STOP, now)
             elif len(drawn) == request.max_tokens:
                 self._end(request, FinishReason.LENGTH, now)
-            outputs.append(StepOutput(request.request_id, token, request.finish_reason))
+            # tuple.__new__ makes the same tuple in half the time; a step has hundreds.
+            outputs.append(new(StepOutput, (request.request_id, request.index, token, request.finish_reason)))
+        for chunk in flight.chunks:
+            self._land(chunk, result)
         for slot, request in flight.leaving.items():
             self._release(slot, request)
         return outputs
 
-    def _schedule_decodes(self, flight: _Flight) -> None:
-        """One token for every decoding request; the hot path, some 0.1 us a row."""
-        batch, count = flight.batch, len(self._decoding)
+    def _make_room(self) -> bool:
+        """See that every decode row can have its next block, by preemption if need be.
+
+        False where that must wait for a batch that is out, as it still writes to the blocks of those it contains.
+        """
+        if self._blocks.num_available >= len(self._running.decoding):
+            return True
         offset_mask = self._blocks.block_size - 1
-        for slot, request in self._decoding.items():
-            position = request.num_scheduled
-            batch.starts.append(position)
-            request.num_scheduled = position + 1
-            if not position & offset_mask:
-                self._grow(batch, slot, position + 1)
-            if position + 1 == request.num_to_schedule:
-                flight.leaving[slot] = request
-        batch.slots = list(self._decoding)
-        batch.lengths = [1] * count
-        batch.token_counts = [0] * count
-        batch.samples = list(range(count))
-        flight.draws = list(self._decoding.values())
-        for slot in flight.leaving:
-            del self._decoding[slot]
+        while True:
+            needed = sum(not request.num_scheduled & offset_mask for request in self._running.decoding.values())
+            if needed <= self._blocks.num_available:
+                return True
+            if self._flights:
+                return False
+            running = self._running.requests()
+            assert len(running) > 1, "a request alone does not fit the cache"
+            why = f"{needed} decoding requests need a block and {self._blocks.num_available} are left"
+            self._preempt(max(running, key=self._waiting.urgency), why)
 
-    def _schedule_prompts(self, flight: _Flight) -> None:
-        """Spend what is left of the budget on the prompt that was begun, then on the queue, oldest first."""
-        budget = self._max_num_batched_tokens - len(flight.batch.slots)
-        while budget > 0:
-            request = self._prefilling or self._admit(flight.batch)
-            if request is None:
-                return
-            budget -= self._schedule_chunk(flight, request, budget)
-
-    def _admit(self, batch: Batch) -> Request | None:
-        """Give the oldest waiting request a slot, if there is one and the cache is sure to hold its every token."""
-        if not self._waiting or not self._free_slots:
-            return None
-        request = next(iter(self._waiting.values()))
-        if not self._blocks.can_reserve(request.num_to_schedule):
-            return None
-        del self._waiting[request.request_id]
-        slot = self._free_slots.pop()
-        request.slot = slot
-        self._blocks.reserve(slot, request.num_to_schedule)
-        params = request.params
-        batch.new_slots.append(
-            SlotParams(slot, params.temperature, params.top_k, params.top_p, params.min_p, request.seed)
+    def _preempt(self, request: Request, why: str) -> None:
+        """Take slot and blocks from `request`, which no batch that is out contains, and let it wait again."""
+        slot = slot_of(request)
+        self._tell(
+            "preempted", request, why=why, computed_tokens=request.num_scheduled, blocks=self._blocks.table_length(slot)
         )
-        return request
+        self._running.take_out(request)
+        self._release(slot, request)
+        request.num_scheduled = 0
+        request.num_preemptions += 1
+        request.key, request.num_known = full_key(request), num_tokens_of(request)
+        self._waiting.push(request)
+        self._waiting.wake(request)
+        self._full = True  # let the others get on first: else it could come back at once and be preempted again
 
-    def _schedule_chunk(self, flight: _Flight, request: Request, budget: int) -> int:
-        """Add the next `budget` prompt tokens of `request`, or as many as are left; returns their number."""
-        batch, slot = flight.batch, _slot(request)
-        start, prompt = request.num_scheduled, request.prompt_token_ids
-        stop = min(start + budget, len(prompt))
-        batch.slots.append(slot)
-        batch.starts.append(start)
-        batch.lengths.append(stop - start)
-        batch.token_counts.append(stop - start)
-        batch.token_ids += prompt[start:stop]
-        self._grow(batch, slot, stop)
+    def _schedule_decodes(self, flight: Flight) -> None:
+        """One token for every decoding request; the hot path, some 0.1 us a row."""
+        decoding, leaving = self._running.decoding, flight.leaving
+        offset_mask = self._blocks.block_size - 1
+        starts = [request.num_scheduled for request in decoding.values()]
+        grown, evicted = [], self._blocks.stats.evicted_blocks
+        for request, position in zip(decoding.values(), starts, strict=True):
+            request.num_scheduled = stop = position + 1
+            if not position & offset_mask:
+                grown.append(slot_of(request))
+            if stop == request.num_to_schedule:
+                leaving[slot_of(request)] = request
+        flight.add_decodes(decoding, starts)
+        flight.add_blocks(grown, [self._blocks.append(slot) for slot in grown])
+        self._tell_evicted(evicted, "decoding requests grew")
+        for slot in leaving:
+            del decoding[slot]
+
+    def _schedule_prompts(self, flight: Flight) -> None:
+        """Spend what is left of the budget on prompts, the most urgent first, whether begun or waiting."""
+        budget = self._max_num_batched_tokens - len(flight.batch.slots)
+        begun, self._running.prefilling = self._running.prefilling, []
+        while budget > 0:
+            request = self._next_prompt(flight, begun)
+            if request is None:
+                break
+            budget -= self._schedule_chunk(flight, request, budget)
+        self._running.prefilling = sorted(self._running.prefilling + begun, key=self._waiting.urgency)
+
+    def _next_prompt(self, flight: Flight, begun: list[Request]) -> Request | None:
+        """The most urgent of the prompts that were begun and the waiting ones that can start."""
+        head = self._waiting.peek()
+        first = begun[0] if begun else None
+        if head is not None and (first is None or self._waiting.urgency(head) < self._waiting.urgency(first)):
+            started = self._admit(flight, begun)
+            if started is not None:
+                return started
+        return begun.pop(0) if begun else None
+
+    def _admit(self, flight: Flight, begun: list[Request]) -> Request | None:
+        """Give the most urgent waiting request that waits for nobody a slot, if there is one and the cache has room."""
+        blocks = self._blocks
+        while self._running.has_free_slot and not self._full:
+            request = self._waiting.peek()
+            if request is None:
+                return None
+            prefix = best_prefix(request, blocks, self._running.computing)
+            ahead = computed_by_another(request, prefix, self._running.computing, blocks.block_size, self._prefix_aware)
+            if ahead is not None:
+                self._waiting.hold(request, ahead.leader)
+                self._tell("held", request, **{"for": ahead.leader.label, "shared_tokens": ahead.num_tokens})
+                continue
+            running = (*self._running.decoding.values(), *self._running.prefilling, *begun)
+            if not self._running.admission.fits(request, prefix, running):
+                self._full = True
+                return None
+            self._start(flight, request, prefix)
+            return request
+        return None
+
+    def _start(self, flight: Flight, request: Request, prefix: Prefix) -> None:
+        self._waiting.remove(request)
+        self._running.start(flight, request, prefix)
+        again, stats = request.num_preemptions > 0, self._blocks.stats
+        if not again:
+            request.num_cached_tokens = prefix.num_tokens
+            stats.prompt_tokens += len(request.prompt_token_ids)
+            stats.cached_tokens += prefix.num_tokens
+        waited = self._clock() - request.arrival_time
+        facts = {"slot": request.slot, "cached_tokens": prefix.num_tokens, "waited_s": waited, "again": again}
+        self._tell("admitted", request, **facts)
+
+    def _schedule_chunk(self, flight: Flight, request: Request, budget: int) -> int:
+        """Add the next known tokens of `request`: `budget` of them, or what is left, or what the cache has room for."""
+        slot, start, blocks = slot_of(request), request.num_scheduled, self._blocks
+        room = (blocks.table_length(slot) + blocks.num_available) * blocks.block_size
+        stop = min(start + budget, request.num_known, room)
+        if stop == start:
+            self._running.prefilling.append(request)
+            return 0
+        flight.add_chunk(request, slot, stop)
+        evicted = blocks.stats.evicted_blocks
+        flight.add_entries(slot, blocks.grow(slot, stop))
+        self._tell_evicted(evicted, f"{request.label} grew to {stop} tokens")
+        self._tell("chunk", request, start=start, stop=stop, of=request.num_known)
         request.num_scheduled = stop
-        if stop < len(prompt):
-            self._prefilling = request
-            return stop - start
-        self._prefilling = None
-        batch.samples.append(len(batch.slots) - 1)
-        flight.draws.append(request)
-        home = flight.leaving if stop == request.num_to_schedule else self._decoding
-        home[slot] = request
+        if stop < request.num_known:
+            self._running.prefilling.append(request)
+        elif stop == request.num_to_schedule:
+            flight.leaving[slot] = request
+        else:
+            self._running.decoding[slot] = request
         return stop - start
 
-    def _grow(self, batch: Batch, slot: int, num_tokens: int) -> None:
-        for index, block in self._blocks.grow(slot, num_tokens):
-            batch.block_slots.append(slot)
-            batch.block_indices.append(index)
-            batch.block_ids.append(block)
+    def _land(self, chunk: Chunk, result: BatchResult) -> None:
+        """A piece of a prompt is computed: others may share it from now on."""
+        request = chunk.request
+        if request.finish_reason is not None:
+            return
+        if chunk.row in result.prompt_logprobs:
+            request.prompt_logprobs[chunk.start :] = result.prompt_logprobs[chunk.row]
+        self._running.computed(request, chunk.stop)
+        self._waiting.wake(request)
 
     def _end(self, request: Request, reason: FinishReason, now: float) -> None:
         """End `request`; what it holds is given back when the last flight that contains it lands."""
         request.finish_reason = reason
         request.finish_time = now
-        del self._requests[request.request_id]
-        if request.slot is None:
-            del self._waiting[request.request_id]
+        samples = self._requests[request.request_id]
+        samples.remove(request)
+        if not samples:
+            del self._requests[request.request_id]
+        self._num_live -= 1
+        self._deadlines.discard(request)
+        if reason in (FinishReason.STOP, FinishReason.LENGTH):
+            self._running.admission.ended(request)
+        self._tell("finished", request, reason=reason.value, output_tokens=len(request.output_token_ids))
+        slot = request.slot
+        if slot is None:
+            self._waiting.remove(request)
+            self._full = False
         elif request.num_scheduled < request.num_to_schedule:  # else it is leaving already
-            if self._prefilling is request:
-                self._prefilling = None
-            else:
-                del self._decoding[request.slot]
+            self._running.take_out(request)
             if self._flights:
-                self._flights[-1].leaving[request.slot] = request
+                self._flights[-1].leaving[slot] = request
             else:
-                self._release(request.slot, request)
+                self._release(slot, request)
+        self._running.computing.pop(request, None)
+        self._waiting.wake(request)
 
     def _release(self, slot: int, request: Request) -> None:
-        self._blocks.release(slot)
-        self._free_slots.append(slot)
-        request.slot = None
+        self._running.release(slot, request)
+        self._full = False
+
+    def _tell_evicted(self, before: int, why: str) -> None:
+        count = self._blocks.stats.evicted_blocks - before
+        if count:
+            self._tell("evicted", None, blocks=count, why=why)
+
+    def _tell(self, event: str, request: Request | None, **facts: object) -> None:
+        if self._observer is not None:
+            self._observer(event, None if request is None else request.label, facts)
 
     def check(self) -> None:
         """Assert every invariant of the scheduler and the cache. O(cache size); for tests and debugging."""
-        held = list(self._decoding.items())
-        held += [(_slot(self._prefilling), self._prefilling)] if self._prefilling else []
-        held += [item for flight in self._flights for item in flight.leaving.items()]
-        slots = [slot for slot, _ in held]
-        assert sorted(slots + self._free_slots) == list(range(self._max_num_seqs)), "a slot is lost, or held twice"
-        assert all(request.slot == slot for slot, request in held), "a request does not know its slot"
-        live = [request.request_id for _, request in held if request.finish_reason is None] + list(self._waiting)
+        leaving = [item for flight in self._flights for item in flight.leaving.items()]
+        live = [*self._running.requests(), *self._waiting.requests()]
+        live += [request for _, request in leaving if request.finish_reason is None]
         assert len(live) == len(set(live)), "a request is in two places"
-        assert set(live) == self._requests.keys(), "a request is nowhere"
-        for slot, request in held:
-            assert request.num_scheduled <= request.num_to_schedule, f"slot {slot} was scheduled past its end"
-            rooms = len(self._blocks.table(slot)) * self._blocks.block_size
-            assert 0 <= rooms - request.num_scheduled < self._blocks.block_size, f"slot {slot} has unfit blocks"
-        self._blocks.check(slots)
-
-
-def _slot(request: Request) -> int:
-    assert request.slot is not None, f"request {request.request_id!r} has no slot"
-    return request.slot
+        listed = [request for samples in self._requests.values() for request in samples]
+        assert set(live) == set(listed) and len(listed) == self._num_live, "a request is nowhere"
+        assert all(self._requests.values()), "a request without samples"
+        assert set(self._deadlines) == {request for request in live if request.deadline is not None}, "wrong deadlines"
+        self._waiting.check()
+        self._running.check(leaving, self._waiting.urgency)
