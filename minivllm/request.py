@@ -26,13 +26,13 @@ class FinishReason(str, Enum):
 
 
 class StepOutput(NamedTuple):
-    """What one step gave one sequence: a token, an end, or both. index: which sample of the request.
+    """What one step gave one sequence: a token, an end, or both. sample: which one of the request.
 
     token_id is None where a deadline passed or the logits were no numbers.
     """
 
     request_id: str
-    index: int
+    sample: int
     token_id: int | None
     finish_reason: FinishReason | None
 

@@ -221,7 +221,7 @@ class World:
         self.num_operations += 1
         for output in self.scheduler.expire():
             assert output.finish_reason is TIMEOUT
-            self.told[output.request_id, output.index].append(output)
+            self.told[output.request_id, output.sample].append(output)
         due = {
             request.slot: request.num_preemptions
             for request in self.requests
@@ -252,7 +252,7 @@ class World:
         assert self.runner.flying.popleft() is batch
         self.scheduler.check()
         for output in outputs:
-            self.told[output.request_id, output.index].append(output)
+            self.told[output.request_id, output.sample].append(output)
         return outputs
 
     def abort(self, request: Request) -> bool:
