@@ -66,3 +66,18 @@ def greedy(model: Qwen3ForCausalLM, ids: list[int], num_tokens: int) -> list[int
     for _ in range(num_tokens):
         sequence.append(int(exact_logits(model, sequence)[-1].argmax()))
     return sequence[len(ids) :]
+
+
+@torch.no_grad()
+def greedy_all(model: Qwen3ForCausalLM, prompts: list[list[int]], num_tokens: int) -> list[list[int]]:
+    """`greedy` of many prompts at once; the padding behind a shorter one is nothing that its tokens look at."""
+    sequences = [list(prompt) for prompt in prompts]
+    for _ in range(num_tokens):
+        padded = torch.zeros(len(sequences), max(map(len, sequences)), dtype=torch.int64)
+        for row, sequence in enumerate(sequences):
+            padded[row, : len(sequence)] = torch.tensor(sequence)
+        last = torch.tensor([len(sequence) - 1 for sequence in sequences])
+        logits = model(padded).logits[torch.arange(len(sequences)), last]
+        for sequence, token in zip(sequences, logits.argmax(-1).tolist(), strict=True):
+            sequence.append(token)
+    return [sequence[len(prompt) :] for sequence, prompt in zip(sequences, prompts, strict=True)]

@@ -9,7 +9,14 @@ from minivllm.sampling_params import SamplingParams
 
 
 def make(name: str) -> Request:
-    return Request(name, [1, 2, 3], SamplingParams(), max_tokens=16, stop_ids=frozenset({2}), seed=7)
+    return Request(
+        request_id=name,
+        prompt_token_ids=[1, 2, 3],
+        params=SamplingParams(),
+        max_tokens=16,
+        stop_ids=frozenset({2}),
+        seed=7,
+    )
 
 
 def test_a_new_request_has_computed_nothing() -> None:
@@ -27,12 +34,19 @@ def test_metrics_show_the_times_known_so_far() -> None:
     request = make("a")
     request.arrival_time = 1.5
     assert request.metrics == RequestMetrics(1.5, None, None)
-    request.first_token_time, request.finish_time = 2.0, 3.0
-    assert request.metrics == RequestMetrics(1.5, 2.0, 3.0)
+    request.first_token_time, request.finish_time, request.num_preemptions = 2.0, 3.0, 2
+    assert request.metrics == RequestMetrics(1.5, 2.0, 3.0, 2)
+
+
+def test_a_label_names_the_sample_where_that_is_not_the_first() -> None:
+    request = make("a")
+    assert request.label == "a"
+    request.index = 3
+    assert request.label == "a/3"
 
 
 def test_finish_reasons_are_their_strings() -> None:
-    assert [reason.value for reason in FinishReason] == ["stop", "length", "abort", "error"]
+    assert [reason.value for reason in FinishReason] == ["stop", "length", "abort", "timeout", "error"]
     assert FinishReason.STOP == "stop"
     assert json.dumps(FinishReason.LENGTH) == '"length"'
 

@@ -369,6 +369,13 @@ def test_logprobs_and_embeddings_go_to_their_requests() -> None:
     assert (request.cumulative_logprob, request.embedding) == (-0.5, [1.0, 2.0])
 
 
+def test_prompt_logprobs_are_told_by_one_sample_for_all() -> None:
+    world = World()
+    leader = calm(world, 20, 3, n=3, prompt_logprobs=1)
+    world.drain()
+    assert [request.num_cached_tokens for request in world.requests if request.leader is leader] == [19, 19]
+
+
 def test_prompt_logprobs_need_every_token_computed() -> None:
     world = World()
     prompt = list(range(30))

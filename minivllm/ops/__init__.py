@@ -12,7 +12,10 @@ from minivllm.ops._load import load as _load_kernels
 from minivllm.ops._register import served_by
 from minivllm.ops._toolchain import BuildError
 from minivllm.ops.attention import flash_attention, paged_attention
+from minivllm.ops.copy_blocks import copy_blocks
+from minivllm.ops.logprobs import token_logprobs
 from minivllm.ops.packed_linear import pack_linear_weight, packed_linear, prefers_packed
+from minivllm.ops.penalties import apply_penalties, count_tokens
 from minivllm.ops.rms_norm import fused_add_rms_norm, rms_norm
 from minivllm.ops.rope import apply_rope, rope_cos_sin_cache
 from minivllm.ops.sample import sample
@@ -22,8 +25,11 @@ from minivllm.ops.store_kv import store_kv
 __all__ = [
     "BuildError",
     "BuildInfo",
+    "apply_penalties",
     "apply_rope",
     "build_info",
+    "copy_blocks",
+    "count_tokens",
     "flash_attention",
     "fused_add_rms_norm",
     "pack_linear_weight",
@@ -36,6 +42,7 @@ __all__ = [
     "served_by",
     "silu_and_mul",
     "store_kv",
+    "token_logprobs",
 ]
 
 _info = _load_kernels()

@@ -9,14 +9,13 @@ decode row needs nothing that the host would have to wait for.
 from __future__ import annotations
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from minivllm.batch import Batch
+from minivllm.runner.columns import IntArray, ints, upload
 from minivllm.runner.forward_batch import ForwardBatch, SamplingBatch
 
-IntArray = npt.NDArray[np.int64]
 # Odd, so that positions map to distinct seeds: 2^64 divided by the golden ratio, as a signed number.
 _SEED_STEP = np.int64(-7046029254386353131)
 
@@ -39,22 +38,19 @@ class InputBuilder:
     def build(self, batch: Batch) -> tuple[ForwardBatch, SamplingBatch | None]:
         """The step's tensors; no SamplingBatch when no row draws a token."""
         self._apply_deltas(batch)
-        slots, starts, lengths = (
-            np.array(column, dtype=np.int64) for column in (batch.slots, batch.starts, batch.lengths)
-        )
+        slots, starts, lengths = ints(batch.slots), ints(batch.starts), ints(batch.lengths)
         offsets = np.zeros(len(lengths) + 1, dtype=np.int64)
         np.cumsum(lengths, out=offsets[1:])
         positions = np.arange(offsets[-1]) + np.repeat(starts - offsets[:-1], lengths)
         blocks = self._block_tables[np.repeat(slots, lengths), positions >> self._block_shift]
         slot_mapping = (blocks.astype(np.int64) << self._block_shift) + (positions & (self.block_size - 1))
-        samples = np.array(batch.samples, dtype=np.int64)
+        samples = ints(batch.samples)
         seq_lens = starts + lengths
         num_decodes = batch.token_counts.count(0)
         columns = [
-            positions, slot_mapping, seq_lens, offsets, slots, np.array(batch.token_ids, dtype=np.int64),
-            offsets[1:][samples] - 1,
+            positions, slot_mapping, seq_lens, offsets, slots, ints(batch.token_ids), offsets[1:][samples] - 1,
         ]  # fmt: skip
-        positions_, slot_mapping_, seq_lens_, offsets_, slots_, tokens_, sample_indices_ = self._upload(columns)
+        positions_, slot_mapping_, seq_lens_, offsets_, slots_, tokens_, sample_indices_ = upload(columns, self.device)
         fwd = ForwardBatch(
             input_ids=self._query_tokens(slots_[:num_decodes], tokens_),
             positions=positions_,
@@ -84,22 +80,17 @@ class InputBuilder:
             self._top_k[slot], self._seeds[slot] = top_k, seed
         if not batch.block_slots:
             return
-        entry = (np.array(batch.block_slots), np.array(batch.block_indices))
-        ids = np.array(batch.block_ids, dtype=np.int32)
-        self._block_tables[entry] = ids
+        entry = (ints(batch.block_slots), ints(batch.block_indices))
+        self._block_tables[entry] = batch.block_ids  # of entries of the same place the last one stays
         if self.device.type != "cpu":  # on the CPU the mirror and the table are the same memory
-            where = tuple(torch.from_numpy(index).to(self.device, non_blocking=True) for index in entry)
-            self._device_tables[where] = torch.from_numpy(ids).to(self.device, non_blocking=True)
+            # Read back, so that entries of the same place say the same: a GPU writes them in any order.
+            slots, indices, ids = upload([*entry, self._block_tables[entry].astype(np.int64)], self.device)
+            self._device_tables[slots, indices] = ids.int()
 
     def _sampling(self, slots: IntArray, lengths: IntArray) -> SamplingBatch:
         # A draw is a function of the request's seed and the length of its sequence, never of the batch around it.
         seeds = self._seeds[slots] + lengths * _SEED_STEP
-        slots_, top_k, seeds_ = self._upload([slots, self._top_k[slots], seeds])
+        slots_, top_k, seeds_ = upload([slots, self._top_k[slots], seeds], self.device)
         floats = np.stack((self._temperature[slots], self._top_p[slots], self._min_p[slots]))
         temperature, top_p, min_p = torch.from_numpy(floats).to(self.device, non_blocking=True)
         return SamplingBatch(slots_, temperature, top_k.int(), top_p, min_p, seeds_)
-
-    def _upload(self, columns: list[IntArray]) -> tuple[Tensor, ...]:
-        packed = torch.from_numpy(np.concatenate(columns)).to(self.device, non_blocking=True)
-        parts: tuple[Tensor, ...] = packed.split([len(column) for column in columns])
-        return parts

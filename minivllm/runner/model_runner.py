@@ -1,5 +1,5 @@
 """Loads a model, holds its KV cache, and computes batches: `launch(batch)` starts a step, `Pending.wait()` gives its
-token ids.
+results.
 
 The two verbs are apart so that the next step can be scheduled, and launched, while this one runs on the GPU.
 """
@@ -14,29 +14,38 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from minivllm.batch import Batch
+from minivllm.batch import Batch, BatchResult
 from minivllm.config import EngineConfig, ModelConfig
 from minivllm.errors import ConfigError, RequestError
 from minivllm.models import build_model, weights
+from minivllm.ops import copy_blocks
 from minivllm.runner import sampler
-from minivllm.runner.forward_batch import ForwardBatch
+from minivllm.runner.columns import ints, upload
+from minivllm.runner.forecast import fullest_batch
+from minivllm.runner.forward_batch import ForwardBatch, SamplingBatch
 from minivllm.runner.input_builder import InputBuilder
 from minivllm.runner.kv_cache import KVCache, block_bytes, blocks_that_fit, cpu_cache_bytes
+from minivllm.runner.logits_editor import LogitsEditor
+from minivllm.runner.readouts import Readout, Readouts
 
 
 @dataclass(frozen=True)
 class Pending:
-    """A launched step. `wait()` blocks until its ids are on the host: one for each entry of `Batch.samples`, in
-    order."""
+    """A launched step. tensors: the drawn ids, then those of readout, in host memory, complete once `ready` has
+    happened."""
 
-    ids: Tensor  # [S] int64 in host memory, complete once `ready` has happened
+    tensors: list[Tensor]
+    readout: Readout | None
     ready: torch.cuda.Event | None
 
-    def wait(self) -> list[int]:
+    def wait(self) -> BatchResult:
+        """Block until the step's results are on the host; returns them in plain values."""
         if self.ready is not None:
             self.ready.synchronize()
-        ids: list[int] = self.ids.tolist()
-        return ids
+        result = BatchResult(self.tensors[0].tolist())
+        if self.readout is not None:
+            self.readout.fill(result, self.tensors[1:])
+        return result
 
 
 class ModelRunner:
@@ -49,28 +58,20 @@ class ModelRunner:
         self.block_size = config.block_size
         self.max_model_len = config.resolve_max_model_len(model_config)
         self.load_seconds = self._load(folder, config)
-        max_blocks = -(-self.max_model_len // config.block_size)
+        self._clear_slots(config)
         num_blocks = config.num_kv_blocks or self._fitting_blocks(config)
         self.kv = KVCache.allocate(model_config, num_blocks, config.block_size, dtype=self.dtype, device=self.device)
-        self.inputs = InputBuilder(config.max_num_seqs, max_blocks, config.block_size, self.device)
 
     @torch.inference_mode()
     def launch(self, batch: Batch) -> Pending:
-        """Compute the batch's tokens, write their keys and values, and draw. Returns at once on a GPU."""
+        """Copy the batch's blocks, compute its tokens, write their keys and values, and draw. Returns at once on a
+        GPU."""
         fwd, sampling = self.inputs.build(batch)
-        hidden = self.model(fwd, self.kv)
-        if sampling is None:
-            return Pending(torch.empty(0, dtype=torch.int64), None)
-        ids = sampler.draw(self.model.logits(hidden.index_select(0, fwd.sample_indices)), sampling)
-        # A failed row (-1) ends at the update; until then its slot must still hold a valid id.
-        self.inputs.keep_last_tokens(sampling.slots, ids.clamp(min=0))
-        if self.device.type == "cpu":
-            return Pending(ids, None)
-        on_host = torch.empty_like(ids, device="cpu", pin_memory=True)
-        on_host.copy_(ids, non_blocking=True)
-        ready = torch.cuda.Event()
-        ready.record(torch.cuda.current_stream(self.device))
-        return Pending(on_host, ready)
+        if batch.copy_sources:
+            sources, targets = upload([ints(batch.copy_sources), ints(batch.copy_targets)], self.device)
+            for layer in self.kv.layers:
+                copy_blocks(layer.k, layer.v, sources, targets)
+        return self._finish(batch, self.model(fwd, self.kv), fwd.sample_indices, sampling)
 
     @torch.inference_mode()
     def prompt_logits(self, token_ids: Sequence[int]) -> Tensor:
@@ -90,6 +91,46 @@ class ModelRunner:
         fwd, kv = self._single_sequence(torch.tensor(list(token_ids), device=self.device))
         logits: Tensor = self.model.logits(self.model(fwd, kv))
         return logits.float()
+
+    def _finish(self, batch: Batch, hidden: Tensor, sample_indices: Tensor, sampling: SamplingBatch | None) -> Pending:
+        """All of a step that follows the model: hidden [T, hidden_size] -> ids, and what is told beside them."""
+        edits, readout = self.editor.begin(batch), self.readouts.begin(batch)
+        if readout is not None:
+            self.readouts.read_hidden(readout, hidden, self.model.logits)
+        if sampling is None:
+            return self._to_host(torch.empty(0, dtype=torch.int64), readout)
+        logits = self.model.logits(hidden.index_select(0, sample_indices))
+        if readout is not None:
+            self.readouts.keep_logits(readout, logits)
+        if edits is not None:
+            logits = self.editor.edit(edits, logits)
+        ids = sampler.draw(logits, sampling)
+        if edits is not None:
+            self.editor.drawn(edits, ids)
+        if readout is not None:
+            self.readouts.read_ids(readout, ids)
+        # A failed row (-1) ends at the update; until then its slot must still hold a valid id.
+        self.inputs.keep_last_tokens(sampling.slots, ids.clamp(min=0))
+        return self._to_host(ids, readout)
+
+    def _to_host(self, ids: Tensor, readout: Readout | None) -> Pending:
+        tensors = [ids] if readout is None else [ids, *readout.tensors]
+        if all(tensor.is_cpu for tensor in tensors):
+            return Pending(tensors, readout, None)
+        on_host = [torch.empty_like(tensor, device="cpu", pin_memory=True) for tensor in tensors]
+        for target, tensor in zip(on_host, tensors, strict=True):
+            target.copy_(tensor, non_blocking=True)
+        ready = torch.cuda.Event()
+        ready.record(torch.cuda.current_stream(self.device))
+        return Pending(on_host, readout, ready)
+
+    def _clear_slots(self, config: EngineConfig) -> None:
+        """Begin with slots of which nothing is known."""
+        max_blocks = -(-self.max_model_len // config.block_size)
+        vocab_size, hidden_size = self.model_config.vocab_size, self.model_config.hidden_size
+        self.inputs = InputBuilder(config.max_num_seqs, max_blocks, config.block_size, self.device)
+        self.editor = LogitsEditor(vocab_size, self.device)
+        self.readouts = Readouts(vocab_size, hidden_size, self.device)
 
     def _load(self, folder: Path, config: EngineConfig) -> float:
         start = time.monotonic()
@@ -143,10 +184,17 @@ class ModelRunner:
 
     @torch.inference_mode()
     def _run_largest_step(self, config: EngineConfig) -> None:
+        """Allocate what the most demanding step can need: the longest piece of a prompt, then `fullest_batch`."""
         length = min(config.max_num_batched_tokens, self.max_model_len)
-        fwd, kv = self._single_sequence(torch.zeros(length, dtype=torch.int64, device=self.device))
-        hidden = self.model(fwd, kv)
-        self.model.logits(hidden[: config.max_num_seqs]).float()
+        self.model(*self._single_sequence(torch.zeros(length, dtype=torch.int64, device=self.device)))
+        batch = fullest_batch(
+            config.max_num_seqs, config.max_num_batched_tokens, self.max_model_len, self.model_config.vocab_size
+        )
+        fwd, sampling = self.inputs.build(batch)
+        shape = (config.max_num_batched_tokens, self.model_config.hidden_size)
+        hidden = torch.zeros(shape, dtype=self.dtype, device=self.device)
+        self._finish(batch, hidden, fwd.sample_indices, sampling)
+        self._clear_slots(config)
 
 
 def resolve_device(name: str) -> torch.device:

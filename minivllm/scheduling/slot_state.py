@@ -23,24 +23,29 @@ def num_logprobs(request: Request) -> int | None:
     return params.logprobs
 
 
+def num_prompt_logprobs(request: Request) -> int | None:
+    """The same for the tokens of the prompt; one sample tells them for all."""
+    return request.params.prompt_logprobs if request.leader is None else None
+
+
 def wants_prompt_logprobs(request: Request) -> bool:
     """Whether logprobs of prompt tokens are asked for and not all known yet."""
     known = len(request.prompt_logprobs)
-    return request.params.prompt_logprobs is not None and known < len(request.prompt_token_ids) - 1
+    return num_prompt_logprobs(request) is not None and known < len(request.prompt_token_ids) - 1
 
 
 def slot_extras(request: Request, slot: int) -> SlotExtras | None:
     """What a request wants beyond the usual; None where it wants nothing."""
     params = request.params
     min_tokens = params.min_tokens if request.stop_ids else 0
-    logprobs = num_logprobs(request)
+    logprobs, prompt_logprobs = num_logprobs(request), num_prompt_logprobs(request)
     plain = (
         params.presence_penalty == params.frequency_penalty == 0
         and params.repetition_penalty == 1
         and not (params.logit_bias or params.bad_words or min_tokens or request.pooling)
         and params.allowed_token_ids is None
         and logprobs is None
-        and params.prompt_logprobs is None
+        and prompt_logprobs is None
     )
     if plain:
         return None
@@ -57,6 +62,6 @@ def slot_extras(request: Request, slot: int) -> SlotExtras | None:
         min_tokens=min_tokens,
         stop_ids=tuple(request.stop_ids),
         logprobs=logprobs,
-        prompt_logprobs=params.prompt_logprobs,
+        prompt_logprobs=prompt_logprobs,
         pooling=request.pooling,
     )

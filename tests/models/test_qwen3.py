@@ -22,10 +22,8 @@ def make_engine(folder: Path, device: str, **options: object) -> LLMEngine:
 
 
 def run(engine: LLMEngine, prompts: list[list[int]], max_tokens: int) -> list[list[int]]:
-    requests = [
-        engine.add_request(f"r{i}", prompt, SamplingParams(temperature=0.0, max_tokens=max_tokens))
-        for i, prompt in enumerate(prompts)
-    ]
+    params = SamplingParams(temperature=0.0, max_tokens=max_tokens)
+    requests = [engine.add_request(f"r{i}", prompt, params)[0] for i, prompt in enumerate(prompts)]
     while engine.has_unfinished:
         engine.step()
         engine.scheduler.check()

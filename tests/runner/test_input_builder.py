@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import random
 
+import pytest
 import torch
 
 from minivllm.batch import Batch, SlotParams
 from minivllm.runner.input_builder import InputBuilder
 
 BLOCK = 8
+DEVICES = ("cpu", pytest.param("cuda", marks=pytest.mark.gpu))
 
 
 def test_columns_equal_a_plain_loop(seed: int) -> None:
@@ -73,3 +75,23 @@ def test_no_sampling_columns_without_a_draw() -> None:
     fwd, sampling = builder.build(Batch([0], [0], [3], [3], [1, 2, 3], []))
     assert sampling is None
     assert len(fwd.sample_indices) == 0
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_later_block_table_entries_win(device: str, seed: int) -> None:
+    rng = random.Random(seed)
+    builder = InputBuilder(4, 6, BLOCK, torch.device(device))
+    expected = [[0] * 6 for _ in range(4)]
+    for _ in range(5):
+        entries = [(rng.randrange(4), rng.randrange(6), rng.randrange(1000)) for _ in range(200)]
+        for slot, index, block in entries:
+            expected[slot][index] = block
+        slots, indices, blocks = map(list, zip(*entries, strict=True))
+        order = rng.sample(range(4), 4)
+        fwd, _ = builder.build(
+            Batch(
+                order, [47] * 4, [1] * 4, [0] * 4, [], [0], block_slots=slots, block_indices=indices, block_ids=blocks
+            )
+        )
+        assert fwd.block_tables.tolist() == [expected[slot] for slot in order]
+        assert fwd.slot_mapping.tolist() == [expected[slot][5] * BLOCK + 7 for slot in order]

@@ -1,0 +1,111 @@
+// apply_penalties and count_tokens on the CPU. A sequence holds few of the tokens of a vocabulary, so a row is taken in chunks of
+// 64 tokens and the logits of a chunk are touched only where one of its counts is not 0.
+#include "common/check.h"
+#include "common/cpu.h"
+
+#include <algorithm>
+
+namespace minivllm {
+namespace {
+
+constexpr int64_t kChunk = 64;
+
+template <typename T>
+const T* values(const Tensor& t) {
+  return static_cast<const T*>(t.data_ptr());
+}
+
+// Each of t: [n] lies in [lowest, size).
+void check_indices(const Check& check, const char* name, const Tensor& t, int64_t size, int64_t lowest = 0) {
+  const int64_t n = check["n"];
+  const auto* index = values<int64_t>(t);
+  for (int64_t i = 0; i < n; ++i)
+    if (index[i] < lowest || index[i] >= size)
+      check.fail(std::string(name) + " holds " + std::to_string(index[i]) + ", expected " +
+                 (index[i] < lowest ? "at least " + std::to_string(lowest) : "less than " + std::to_string(size)));
+}
+
+inline bool any_counted(const int32_t* counts, int64_t n) {
+  int32_t bits = 0;
+#pragma omp simd reduction(| : bits)
+  for (int64_t i = 0; i < n; ++i) bits |= counts[i];
+  return bits != 0;
+}
+
+void penalise(float* x, const int32_t* counts, int64_t n, float presence, float frequency, float repetition) {
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) {
+    const int32_t generated = counts[i] >> 1;
+    const float factor = counts[i] != 0 ? repetition : 1.0f;
+    const float repeated = x[i] > 0.0f ? x[i] / factor : x[i] * factor;
+    x[i] = repeated - (frequency * static_cast<float>(generated) + (generated > 0 ? presence : 0.0f));
+  }
+}
+
+// One entry for each penalised row.
+struct Columns {
+  const int64_t *row_indices, *count_indices;
+  const float *presence, *frequency, *repetition;
+};
+
+template <typename T>
+void penalise_rows(T* logits, int64_t logits_stride, const Tensor& counts, const Columns& of, int64_t n) {
+  const int64_t vocab = counts.size(1), num_chunks = (vocab + kChunk - 1) / kChunk;
+  const int64_t counts_stride = counts.stride(0);
+  const int32_t* first = values<int32_t>(counts);
+  parallel_items(n * num_chunks, kChunk, [&](int64_t begin, int64_t end) {
+    alignas(64) float x[kChunk];
+    for (int64_t item = begin; item < end; ++item) {
+      const int64_t r = item / num_chunks, start = item % num_chunks * kChunk, size = std::min(kChunk, vocab - start);
+      const int32_t* chunk = first + of.count_indices[r] * counts_stride + start;
+      if (!any_counted(chunk, size)) continue;
+      T* in_place = logits + of.row_indices[r] * logits_stride + start;
+      to_float(in_place, x, size);
+      penalise(x, chunk, size, of.presence[r], of.frequency[r], of.repetition[r]);
+      from_float(x, in_place, size);
+    }
+  });
+}
+
+void apply_penalties_cpu(Tensor logits, const Tensor& row_indices, const Tensor& counts, const Tensor& count_indices,
+                         const Tensor& presence, const Tensor& frequency, const Tensor& repetition) {
+  Check check("apply_penalties", logits);
+  check.tensor("logits", logits, {"num_rows", "vocab"}, MINIVLLM_FLOATS);
+  check.tensor("row_indices", row_indices, {"n"}, {ScalarType::Long});
+  check.tensor("counts", counts, {"num_states", "vocab"}, {ScalarType::Int});
+  check.tensor("count_indices", count_indices, {"n"}, {ScalarType::Long});
+  check.tensor("presence", presence, {"n"}, {ScalarType::Float});
+  check.tensor("frequency", frequency, {"n"}, {ScalarType::Float});
+  check.tensor("repetition", repetition, {"n"}, {ScalarType::Float});
+  check_indices(check, "row_indices", row_indices, check["num_rows"]);
+  check_indices(check, "count_indices", count_indices, check["num_states"]);
+  const Columns of{values<int64_t>(row_indices), values<int64_t>(count_indices), values<float>(presence),
+                 values<float>(frequency), values<float>(repetition)};
+  dispatch_float(logits.scalar_type(), [&](auto* tag) {
+    using T = std::remove_pointer_t<decltype(tag)>;
+    penalise_rows(static_cast<T*>(logits.data_ptr()), logits.stride(0), counts, of, row_indices.size(0));
+  });
+}
+
+void count_tokens_cpu(Tensor counts, const Tensor& count_indices, const Tensor& token_ids) {
+  Check check("count_tokens", counts);
+  check.tensor("counts", counts, {"num_states", "vocab"}, {ScalarType::Int});
+  check.tensor("count_indices", count_indices, {"n"}, {ScalarType::Long});
+  check.tensor("token_ids", token_ids, {"n"}, {ScalarType::Long});
+  check_indices(check, "count_indices", count_indices, check["num_states"]);
+  check_indices(check, "token_ids", token_ids, check["vocab"], INT64_MIN);
+  const int64_t *rows = values<int64_t>(count_indices), *tokens = values<int64_t>(token_ids);
+  const int64_t n = check["n"], stride = counts.stride(0);
+  auto* first = static_cast<int32_t*>(counts.data_ptr());
+  for (int64_t i = 0; i < n; ++i)
+    if (tokens[i] >= 0) first[rows[i] * stride + tokens[i]] += 2;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(minivllm, CPU, m) {
+  m.impl("apply_penalties", TORCH_BOX(&apply_penalties_cpu));
+  m.impl("count_tokens", TORCH_BOX(&count_tokens_cpu));
+}
+
+}  // namespace minivllm
