@@ -334,10 +334,10 @@ class Scheduler:
     def _land(self, chunk: Chunk, result: BatchResult) -> None:
         """A piece of a prompt is computed: others may share it from now on."""
         request = chunk.request
-        if request.finish_reason is not None:
-            return
         if chunk.row in result.prompt_logprobs:
             request.prompt_logprobs[chunk.start :] = result.prompt_logprobs[chunk.row]
+        if request.finish_reason is not None:  # `_release` keeps what it computed
+            return
         self._running.computed(request, chunk.stop)
         self._waiting.wake(request)
 

@@ -369,6 +369,18 @@ def test_logprobs_and_embeddings_go_to_their_requests() -> None:
     assert (request.cumulative_logprob, request.embedding) == (-0.5, [1.0, 2.0])
 
 
+def test_prompt_logprobs_of_a_request_that_ends_with_its_first_token() -> None:
+    world = World()
+    request = calm(world, 3, 1, prompt_logprobs=0)
+    batch = world.scheduler.schedule()
+    assert batch is not None
+    result = BatchResult([5])
+    result.prompt_logprobs = {0: [TokenLogprobs(token, -1.0, 1, ()) for token in batch.scored_targets]}
+    world.scheduler.update(batch, result)
+    assert request.finish_reason is LENGTH
+    assert len(request.prompt_logprobs) == 2
+
+
 def test_prompt_logprobs_are_told_by_one_sample_for_all() -> None:
     world = World()
     leader = calm(world, 20, 3, n=3, prompt_logprobs=1)

