@@ -68,7 +68,7 @@ class Scheduler:
         self._deadlines: LazyHeap[Request] = LazyHeap()
         self._running = RunningSet(block_manager, max_num_seqs)
         self._flights: deque[Flight] = deque()  # oldest first
-        self._full = False  # the most urgent waiting request did not fit, and nothing happened since
+        self._shortage = 0  # blocks that must come back before the most urgent waiting request is looked at again
 
     @property
     def has_unfinished(self) -> bool:
@@ -114,7 +114,7 @@ class Scheduler:
         for request in samples[1:]:
             self._waiting.hold(request, leader)
         if self._waiting.peek() is leader:
-            self._full = False
+            self._shortage = 0
 
     def abort(self, request_id: str) -> bool:
         """End all samples of a request at once; False where the id is unknown or has ended.
@@ -146,7 +146,7 @@ class Scheduler:
     def clear_cache(self) -> None:
         """Forget all cached prefixes; what runs goes on, and nothing computed before now is shared later."""
         self._blocks.clear()
-        self._full = False
+        self._shortage = 0
         self._tell("cleared", None)
 
     def schedule(self) -> Batch | None:
@@ -235,7 +235,7 @@ class Scheduler:
         request.key, request.num_known = full_key(request), num_tokens_of(request)
         self._waiting.push(request)
         self._waiting.wake(request)
-        self._full = True  # let the others get on first: else it could come back at once and be preempted again
+        self._shortage = 1  # let the others get on first: else it could come back at once and be preempted again
 
     def _schedule_decodes(self, flight: Flight) -> None:
         """One token for every decoding request; the hot path, some 0.1 us a row."""
@@ -254,6 +254,7 @@ class Scheduler:
         self._tell_evicted(evicted, "decoding requests grew")
         for slot in leaving:
             del decoding[slot]
+        self._running.admission.begin_step()
 
     def _schedule_prompts(self, flight: Flight) -> None:
         """Spend what is left of the budget on prompts, the most urgent first, whether begun or waiting."""
@@ -279,7 +280,7 @@ class Scheduler:
     def _admit(self, flight: Flight, begun: list[Request]) -> Request | None:
         """Give the most urgent waiting request that waits for nobody a slot, if there is one and the cache has room."""
         blocks = self._blocks
-        while self._running.has_free_slot and not self._full:
+        while self._running.has_free_slot and self._shortage <= 0:
             request = self._waiting.peek()
             if request is None:
                 return None
@@ -289,9 +290,9 @@ class Scheduler:
                 self._waiting.hold(request, ahead.leader)
                 self._tell("held", request, **{"for": ahead.leader.label, "shared_tokens": ahead.num_tokens})
                 continue
-            running = (*self._running.decoding.values(), *self._running.prefilling, *begun)
-            if not self._running.admission.fits(request, prefix, running):
-                self._full = True
+            prefilling = (*self._running.prefilling, *begun)
+            self._shortage = self._running.admission.shortage(request, prefix, self._running.decoding, prefilling)
+            if self._shortage > 0:
                 return None
             self._start(flight, request, prefix)
             return request
@@ -357,7 +358,7 @@ class Scheduler:
         slot = request.slot
         if slot is None:
             self._waiting.remove(request)
-            self._full = False
+            self._shortage = 0
         elif request.num_scheduled < request.num_to_schedule:  # else it is leaving already
             self._running.take_out(request)
             if self._flights:
@@ -369,7 +370,7 @@ class Scheduler:
 
     def _release(self, slot: int, request: Request) -> None:
         self._running.release(slot, request)
-        self._full = False
+        self._shortage -= self._blocks.blocks_for(request.num_to_schedule)
 
     def _tell_evicted(self, before: int, why: str) -> None:
         count = self._blocks.stats.evicted_blocks - before

@@ -55,13 +55,14 @@ def token_logprobs_reference(logits: Tensor, token_ids: Tensor, num_top: int) ->
     wide = logits.float() + 0.0  # makes 0 of -0, so that a sort by their bits sees equals
     largest = wide.amax(-1, keepdim=True)  # NaN where the row has one
     valid = largest.abs() <= _LARGEST
-    log_mass = (wide - largest).exp().sum(-1, keepdim=True).log()
+    # A sum in float64 is the same in float32 whatever its order, which on a GPU depends on the number of rows.
+    log_mass = (wide - largest).exp().sum(-1, keepdim=True, dtype=torch.float64).log()
     chosen = wide.gather(1, token_ids.clamp(min=0).unsqueeze(1))
     known = valid & (token_ids >= 0).unsqueeze(1)
-    logprobs = (chosen - largest - log_mass).masked_fill(~known, torch.nan)
+    logprobs = ((chosen - largest) - log_mass).float().masked_fill(~known, torch.nan)
     ranks = (1 + (wide > chosen).sum(-1, keepdim=True)).masked_fill(~known, 0)
     top_logits, top_ids = _likeliest(wide, num_top)
-    top_logprobs = (top_logits - largest - log_mass).masked_fill(~valid, torch.nan)
+    top_logprobs = ((top_logits - largest) - log_mass).float().masked_fill(~valid, torch.nan)
     return logprobs.squeeze(1), ranks.squeeze(1), top_ids.masked_fill(~valid, -1), top_logprobs
 
 
@@ -88,7 +89,7 @@ def token_logprobs(logits: Tensor, token_ids: Tensor, num_top: int) -> Four:
         num_top: how many of the likeliest tokens are wanted for each row, 0 to vocab.
 
     Returns:
-        logprobs: [n] float32, log_softmax of the row at its token, computed in float32.
+        logprobs: [n] float32, log_softmax of the row at its token; exponentials in float32, their sum in float64.
         ranks: [n] int64, 1 + the number of tokens with a strictly larger logit.
         top_ids: [n, num_top] int64, likeliest first; of equal logits the lower id first.
         top_logprobs: [n, num_top] float32, their logprobs.

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from itertools import islice
 
 from minivllm.cache.block_manager import BlockManager, Prefix
 from minivllm.request import Request
@@ -16,6 +17,7 @@ class Admission:
         self._blocks = blocks
         self._lengths = LengthForecast()
         self._num_promised = 0  # blocks that the requests with a table can need at most
+        self._decoding: list[Demand] = []  # of this step's decoding requests, in order, as far as they were looked at
 
     def opened(self, request: Request) -> None:
         """`request` has got a block table."""
@@ -29,27 +31,38 @@ class Admission:
         """The answer of `request` is complete."""
         self._lengths.record(len(request.output_token_ids))
 
-    def fits(self, request: Request, prefix: Prefix, running: Iterable[Request]) -> bool:
-        """Whether `request`, which begins with `prefix`, may join the `running` ones.
+    def begin_step(self) -> None:
+        """The decode rows of a step are scheduled: what they hold does not change before the next step."""
+        self._decoding.clear()
+
+    def shortage(
+        self, request: Request, prefix: Prefix, decoding: Mapping[int, Request], prefilling: Iterable[Request]
+    ) -> int:
+        """How many blocks too few there are for `request`, which begins with `prefix`, to join the running ones.
 
         The first token must fit in any case, so that an admitted request is never without a row. Beside nobody that is
         enough, as every request alone fits the cache. Else everybody's longest answer must fit, or at least everybody's
         likely one at the worst moment.
+
+        Not positive where it may join. Else it may not before requests that were promised as many blocks have left: no
+        request accounts for more of the worst moment than it was promised.
         """
         blocks = self._blocks
         num_shared = prefix.num_tokens // blocks.block_size
         available = blocks.num_available - prefix.num_unpinned
-        if blocks.blocks_for(prefix.num_tokens + 1) - num_shared > available:
-            return False
+        needed_now = blocks.blocks_for(prefix.num_tokens + 1) - num_shared
+        if needed_now > available:
+            return needed_now - available
         outstanding = self._num_promised - blocks.num_entries
         if outstanding + blocks.blocks_for(request.num_to_schedule) - num_shared <= available:
-            return True
-        demands = [self._demand(one) for one in running]
+            return 0
+        self._decoding += [self._demand(one) for one in islice(decoding.values(), len(self._decoding), None)]
+        demands = self._decoding + [self._demand(one) for one in prefilling]
         if not demands:
-            return True
+            return 0
         num_private = blocks.blocks_for(request.num_known) - num_shared
         demands.append(Demand(self._remaining(request), request.num_known, num_shared, num_private))
-        return peak_demand(demands, blocks.block_size) <= available
+        return peak_demand(demands, blocks.block_size) - available
 
     def _demand(self, request: Request) -> Demand:
         slot = request.slot
