@@ -14,6 +14,7 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from minivllm.beam_search import Beam, BeamSearchOutput
     from minivllm.config import EngineConfig
     from minivllm.engine import LLMEngine
     from minivllm.errors import (
@@ -21,18 +22,22 @@ if TYPE_CHECKING:
         ConfigError,
         EngineDeadError,
         MiniVLLMError,
+        QueueFullError,
         RequestError,
         TokenizerError,
         WeightError,
     )
-    from minivllm.llm import LLM, Delta
-    from minivllm.request import CompletionOutput, FinishReason, RequestMetrics, RequestOutput
+    from minivllm.jobs import Delta
+    from minivllm.llm import LLM
+    from minivllm.request import CompletionOutput, FinishReason, Logprob, RequestMetrics, RequestOutput
     from minivllm.sampling_params import SamplingParams
+    from minivllm.scoring import Embedding, Score
     from minivllm.text.tokenizer import Tokenizer
 
 __version__ = "0.1.0"
 
 _HOMES = {
+    "minivllm.beam_search": ("Beam", "BeamSearchOutput"),
     "minivllm.config": ("EngineConfig",),
     "minivllm.engine": ("LLMEngine",),
     "minivllm.errors": (
@@ -40,32 +45,41 @@ _HOMES = {
         "ConfigError",
         "EngineDeadError",
         "MiniVLLMError",
+        "QueueFullError",
         "RequestError",
         "TokenizerError",
         "WeightError",
     ),
-    "minivllm.llm": ("LLM", "Delta"),
-    "minivllm.request": ("CompletionOutput", "FinishReason", "RequestMetrics", "RequestOutput"),
+    "minivllm.jobs": ("Delta",),
+    "minivllm.llm": ("LLM",),
+    "minivllm.request": ("CompletionOutput", "FinishReason", "Logprob", "RequestMetrics", "RequestOutput"),
     "minivllm.sampling_params": ("SamplingParams",),
+    "minivllm.scoring": ("Embedding", "Score"),
     "minivllm.text.tokenizer": ("Tokenizer",),
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
 
 __all__ = [
     "LLM",
+    "Beam",
+    "BeamSearchOutput",
     "ChatTemplateError",
     "CompletionOutput",
     "ConfigError",
     "Delta",
+    "Embedding",
     "EngineConfig",
     "EngineDeadError",
     "FinishReason",
     "LLMEngine",
+    "Logprob",
     "MiniVLLMError",
+    "QueueFullError",
     "RequestError",
     "RequestMetrics",
     "RequestOutput",
     "SamplingParams",
+    "Score",
     "Tokenizer",
     "TokenizerError",
     "WeightError",

@@ -1,86 +1,47 @@
 """`LLM`: text in, text out, for offline use. It has an `LLMEngine` and a `Tokenizer` and adds the text to the tokens.
 
-All of `generate`, `chat` and `stream` are one loop over `LLMEngine.step`; they differ in what they do with each delta.
+Every method turns its prompts into jobs, which are all checked before any is started, and runs them in the one loop of
+`JobLoop`; the methods differ in what they ask for and in what they do with what comes out.
 """
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeAlias
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from minivllm.beam_search import BeamSearchOutput, BeamSearchParams, NextTokens, beam_search, make_beams
 from minivllm.config import EngineConfig
-from minivllm.engine import LLMEngine
-from minivllm.errors import ConfigError, EngineDeadError
+from minivllm.engine import POOLINGS, LLMEngine
+from minivllm.errors import ConfigError, RequestError
 from minivllm.hub import model_folder
-from minivllm.prompts import Messages, ParsedPrompt, Prompt, params_for_each, parse_conversations, parse_prompts
-from minivllm.request import CompletionOutput, Request, RequestOutput
+from minivllm.jobs import Delta, Job, JobLoop
+from minivllm.options import check_bool, check_choice
+from minivllm.prompts import (
+    Messages,
+    ParsedPrompt,
+    Prompt,
+    params_for_each,
+    params_for_engine,
+    parse_continuations,
+    parse_conversations,
+    parse_prompts,
+    priorities_for_each,
+)
+from minivllm.request import FinishReason, Request, RequestOutput
 from minivllm.sampling_params import SamplingParams
-from minivllm.text import IncrementalDetokenizer, Tokenizer
+from minivllm.scoring import Embedding, Score, make_embedding, make_score
+from minivllm.text import Tokenizer
 
+ParamsForEach: TypeAlias = "SamplingParams | Sequence[SamplingParams] | None"
 
-@dataclass(frozen=True, slots=True)
-class Delta:
-    """A piece of one prompt's continuation: which prompt, its new text (may be empty), and with the last piece the
-    result."""
-
-    index: int
-    text: str
-    output: RequestOutput | None
-
-
-@dataclass(slots=True)
-class _Stream:
-    """What is known of one prompt while it runs; `inbox` is where the call that started it waits for its text.
-
-    A streaming call wants a delta for each token; any other only the last one, with the whole text.
-    """
-
-    index: int
-    prompt: str | None
-    request: Request
-    detokenizer: IncrementalDetokenizer
-    inbox: deque[Delta]
-    streaming: bool
-    num_told: int = 0  # output tokens that became text
-    pieces: list[str] = field(default_factory=list)
-
-    @property
-    def finished(self) -> bool:
-        return self.request.finish_reason is not None
-
-    def tell(self) -> None:
-        """Turn the tokens that came since into text and hand it on."""
-        if not (self.finished or self.streaming):
-            return
-        ids = self.request.output_token_ids
-        text = self.detokenizer.push(ids[self.num_told :])
-        self.num_told = len(ids)
-        if self.finished:
-            text += self.detokenizer.finish()
-        self.pieces.append(text)
-        self.inbox.append(Delta(self.index, text, self.output() if self.finished else None))
-
-    def output(self) -> RequestOutput:
-        request = self.request
-        reason = None if request.finish_reason is None else request.finish_reason.value
-        completion = CompletionOutput(0, "".join(self.pieces), list(request.output_token_ids), reason)
-        return RequestOutput(
-            request_id=request.request_id,
-            prompt=self.prompt,
-            prompt_token_ids=list(request.prompt_token_ids),
-            num_cached_tokens=0,
-            outputs=[completion],
-            finished=reason is not None,
-            metrics=request.metrics,
-        )
+# Options of requests whose drawn token is of no use.
+_ONE_TOKEN: dict[str, Any] = {"temperature": 0.0, "max_tokens": 1, "ignore_eos": True}
 
 
 class LLM:
@@ -89,8 +50,7 @@ class LLM:
     Args:
         model: folder of the model, or an id on the Hugging Face hub; None takes the bundled tiny model.
         options: the fields of `minivllm.EngineConfig`: device, dtype, max_model_len, max_num_seqs,
-        max_num_batched_tokens,
-            block_size, num_kv_blocks, gpu_memory_utilization, load_format, seed, ...
+            max_num_batched_tokens, block_size, num_kv_blocks, scheduling_policy, trace, seed, ...
 
     Raises:
         ConfigError: an unknown option, a bad value, or a model that cannot be used.
@@ -101,10 +61,8 @@ class LLM:
         self.config = EngineConfig(model=None if model is None else str(model), **options)
         folder = model_folder(self.config.model)
         self.tokenizer = Tokenizer.from_pretrained(folder)
-        self.engine = LLMEngine(folder, self.config)
+        self._loop = JobLoop(LLMEngine(folder, self.config), self.tokenizer)
         self._request_numbers = count()
-        self._streams: dict[str, _Stream] = {}  # by request id: all that run, of every open call
-        self._closed = False
         self._require_same_vocabulary(folder)
 
     def __enter__(self) -> LLM:
@@ -116,38 +74,43 @@ class LLM:
         self.close()
 
     def close(self) -> None:
-        """Give back the model's memory. Later calls raise EngineDeadError."""
-        if not self._closed:
-            self._closed = True
-            self._streams.clear()
-            del self.engine
+        """Give back the model's memory and finish the trace. Later calls raise EngineDeadError."""
+        self._loop.close()
+
+    @property
+    def engine(self) -> LLMEngine:
+        """What runs the model. Raises EngineDeadError after `close`."""
+        return self._loop.engine
 
     def generate(
         self,
         prompts: Prompt | Sequence[Prompt],
-        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        sampling_params: ParamsForEach = None,
         *,
+        priority: int | Sequence[int] = 0,
         progress: bool = True,
     ) -> list[RequestOutput]:
         """Continue one prompt or many, batched; returns one result a prompt, in order.
 
         Args:
-            prompts: a str, a list of str, a list of token-id lists, or dicts with `prompt_token_ids` (or `prompt`),
-            also mixed.
+            prompts: a str, a list of str, a list of token-id lists, or dicts with `prompt_token_ids` (or `prompt`) and
+                perhaps a `cache_salt`, also mixed.
             sampling_params: one for all prompts or one for each; None takes `SamplingParams()`.
+            priority: one for all prompts or one for each; lower runs first where scheduling_policy is "priority".
             progress: show a progress bar on a terminal while more than one prompt runs.
 
         Raises:
             RequestError: a bad prompt or parameter; nothing was started.
-            EngineDeadError: the engine failed.
+            EngineDeadError: the engine failed, or this LLM was closed.
         """
-        return self._collect(parse_prompts(self.tokenizer, prompts), sampling_params, progress)
+        return self._collect(self._jobs(parse_prompts(self.tokenizer, prompts), sampling_params, priority), progress)
 
     def chat(
         self,
         messages: Messages | Sequence[Messages],
-        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        sampling_params: ParamsForEach = None,
         *,
+        priority: int | Sequence[int] = 0,
         progress: bool = True,
         tools: Sequence[Mapping[str, Any]] | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
@@ -160,108 +123,203 @@ class LLM:
             RequestError, EngineDeadError: as `generate`.
         """
         prompts = parse_conversations(self.tokenizer, messages, tools, chat_template_kwargs or {})
-        return self._collect(prompts, sampling_params, progress)
+        return self._collect(self._jobs(prompts, sampling_params, priority), progress)
 
     def stream(
         self,
         prompts: Prompt | Sequence[Prompt],
-        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        sampling_params: ParamsForEach = None,
+        *,
+        priority: int | Sequence[int] = 0,
     ) -> Iterator[Delta]:
-        """Like `generate`, but yields each piece of text as it comes. Leaving the loop early aborts what still runs."""
-        return self._run(parse_prompts(self.tokenizer, prompts), sampling_params)
+        """Like `generate`, but yields each piece of text as it comes. Leaving the loop early aborts what still runs.
+
+        Raises RequestError also for best_of > n: which samples are the best is known only at the end.
+        """
+        return self._stream(parse_prompts(self.tokenizer, prompts), sampling_params, priority)
 
     def stream_chat(
         self,
         messages: Messages | Sequence[Messages],
-        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        sampling_params: ParamsForEach = None,
         *,
+        priority: int | Sequence[int] = 0,
         tools: Sequence[Mapping[str, Any]] | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> Iterator[Delta]:
-        """Like `chat`, but yields each piece of text as it comes. Leaving the loop early aborts what still runs."""
-        return self._run(
-            parse_conversations(self.tokenizer, messages, tools, chat_template_kwargs or {}), sampling_params
-        )
+        """Like `chat`, but yields each piece of text as it comes; see `stream`."""
+        prompts = parse_conversations(self.tokenizer, messages, tools, chat_template_kwargs or {})
+        return self._stream(prompts, sampling_params, priority)
 
-    def _collect(
+    def score(
+        self, prompts: Prompt | Sequence[Prompt], continuations: Any = None, *, progress: bool = True
+    ) -> list[Score]:
+        """How likely the model finds each prompt, token by token.
+
+        Args:
+            prompts: as for `generate`.
+            continuations: a str or token ids for each prompt, which are put behind its tokens; total and perplexity are
+                then about these alone.
+
+        Raises:
+            RequestError, EngineDeadError: as `generate`; RequestError also where the model's logits were not numbers.
+        """
+        parsed = parse_prompts(self.tokenizer, prompts)
+        num_scored = [len(prompt.token_ids) - 1 for prompt in parsed]
+        if continuations is not None:
+            ends = parse_continuations(self.tokenizer, continuations, len(parsed))
+            num_scored = [len(end) for end in ends]
+            parsed = [_extended(prompt, end) for prompt, end in zip(parsed, ends, strict=True)]
+        leaders = self._leaders(self._jobs(parsed, SamplingParams(**_ONE_TOKEN, prompt_logprobs=0)), progress)
+        return [
+            make_score(leader.prompt_token_ids, leader.prompt_logprobs, number)
+            for leader, number in zip(leaders, num_scored, strict=True)
+        ]
+
+    def encode(
         self,
-        prompts: list[ParsedPrompt],
-        sampling_params: SamplingParams | Sequence[SamplingParams] | None,
-        progress: bool,
-    ) -> list[RequestOutput]:
+        prompts: Prompt | Sequence[Prompt],
+        *,
+        pooling: str = "last",
+        normalize: bool = True,
+        progress: bool = True,
+    ) -> list[Embedding]:
+        """An embedding of each prompt: the model's hidden states behind its last layer and norm, made one vector.
+
+        Args:
+            prompts: as for `generate`.
+            pooling: "last" takes the last token's state, which has seen all others; "mean" the mean of all.
+            normalize: make its Euclidean length 1.
+
+        Raises:
+            RequestError, EngineDeadError: as `generate`; RequestError also where the model's logits were not numbers.
+        """
+        check_choice("pooling", pooling, POOLINGS, RequestError)
+        check_bool("normalize", normalize, RequestError)
+        parsed, params = parse_prompts(self.tokenizer, prompts), SamplingParams(**_ONE_TOKEN)
+        leaders = self._leaders(self._jobs(parsed, params, pooling=pooling), progress)
+        return [make_embedding(leader.prompt_token_ids, leader.embedding, normalize) for leader in leaders]
+
+    def beam_search(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        *,
+        beam_width: int = 4,
+        max_tokens: int = 16,
+        length_penalty: float = 1.0,
+        ignore_eos: bool = False,
+    ) -> list[BeamSearchOutput]:
+        """The likeliest continuations as a whole, by keeping the `beam_width` likeliest beginnings at each length.
+
+        Each step computes one token of every beam of every prompt; the prefix cache has the rest.
+
+        Args:
+            prompts: as for `generate`.
+            beam_width: beams that are kept, and continuations returned; 1 to 64.
+            max_tokens: length at which a beam ends; also bounded by the model's context length.
+            length_penalty: beams are compared by cumulative logprob / length ** length_penalty; -10 to 10.
+            ignore_eos: take the model's end tokens for tokens like any other.
+
+        Raises:
+            RequestError, EngineDeadError: as `generate`; RequestError also where the model's logits were not numbers.
+        """
+        params = BeamSearchParams(beam_width, max_tokens, length_penalty, ignore_eos)
+        parsed = parse_prompts(self.tokenizer, prompts)
+        stop_ids = () if ignore_eos else self.engine.model_config.eos_token_ids
+        next_tokens = self._next_tokens(parsed, params.num_next_tokens(len(stop_ids)))
+        found = beam_search(self._room(parsed, max_tokens), next_tokens, params, stop_ids)
+        return [
+            BeamSearchOutput(prompt.text, prompt.token_ids, make_beams(self.tokenizer, one, params))
+            for prompt, one in zip(parsed, found, strict=True)
+        ]
+
+    def clear_prefix_cache(self) -> None:
+        """Forget what was computed for earlier prompts; what runs goes on."""
+        self.engine.clear_cache()
+
+    def _jobs(
+        self,
+        prompts: Sequence[ParsedPrompt],
+        sampling_params: ParamsForEach,
+        priority: int | Sequence[int] = 0,
+        pooling: str | None = None,
+    ) -> list[Job]:
+        """A job a prompt, all of them checked."""
+        params = params_for_each(sampling_params, len(prompts))
+        distinct = {id(one): one for one in params}  # most calls have one for all their prompts
+        for_engine = {key: params_for_engine(self.tokenizer, one) for key, one in distinct.items()}
+        columns = zip(prompts, params, priorities_for_each(priority, len(prompts)), strict=True)
+        jobs = [
+            Job(
+                index=index,
+                request_id=f"request-{next(self._request_numbers)}",
+                prompt=prompt,
+                params=one,
+                engine_params=for_engine[id(one)],
+                priority=urgency,
+                pooling=pooling,
+            )
+            for index, (prompt, one, urgency) in enumerate(columns)
+        ]
+        self._loop.check(jobs)
+        return jobs
+
+    def _stream(
+        self, prompts: list[ParsedPrompt], sampling_params: ParamsForEach, priority: int | Sequence[int]
+    ) -> Iterator[Delta]:
+        jobs = self._jobs(prompts, sampling_params, priority)
+        for job in jobs:
+            if job.params.num_samples > job.params.n:
+                raise RequestError(
+                    f"best_of is {job.params.best_of} and n is {job.params.n}, but which samples are the best is known "
+                    "only when all have ended; stream with best_of=None, or use generate"
+                )
+        return self._loop.run(jobs, streaming=True)
+
+    def _collect(self, jobs: list[Job], progress: bool) -> list[RequestOutput]:
+        """Run the jobs to their ends; returns one result a job, in order."""
         outputs: dict[int, RequestOutput] = {}
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
         console = Console(stderr=True)
-        shown = progress and len(prompts) > 1 and console.is_terminal
+        shown = progress and len(jobs) > 1 and console.is_terminal
         with Progress(*columns, console=console, transient=True, disable=not shown) as bar:
-            task = bar.add_task("generating", total=len(prompts))
-            for delta in self._run(prompts, sampling_params, streaming=False):
+            task = bar.add_task("generating", total=len(jobs))
+            for delta in self._loop.run(jobs, streaming=False):
                 if delta.output is not None:
                     outputs[delta.index] = delta.output
                     bar.advance(task)
-        return [outputs[index] for index in range(len(prompts))]
+        return [outputs[index] for index in range(len(jobs))]
 
-    def _run(
-        self,
-        prompts: list[ParsedPrompt],
-        sampling_params: SamplingParams | Sequence[SamplingParams] | None,
-        *,
-        streaming: bool = True,
-    ) -> Iterator[Delta]:
-        """The one loop: add all prompts, step until they have ended, hand on each token's text.
+    def _leaders(self, jobs: list[Job], progress: bool) -> list[Request]:
+        """Run jobs of one sample and one token each; returns what the engine knows of each, in order."""
+        self._collect(jobs, progress)
+        leaders = [job.requests[0] for job in jobs]
+        for index, leader in enumerate(leaders):
+            reason = leader.finish_reason
+            if reason is not None and reason is not FinishReason.LENGTH:
+                raise RequestError(
+                    f"sequence {index + 1} of {len(jobs)} could not be computed: it ended with {reason.value!r}; "
+                    "an error means that the model's logits were not numbers"
+                )
+        return leaders
 
-        Several such loops may be open on one engine; whoever steps it fills everybody's inbox.
-        """
-        inbox: deque[Delta] = deque()
-        mine = self._add_all(prompts, params_for_each(sampling_params, len(prompts)), inbox, streaming)
-        try:
-            while inbox or not all(stream.finished for stream in mine):
-                if inbox:
-                    yield inbox.popleft()
-                else:
-                    self._step()
-            for stream in mine:
-                if self._streams.pop(stream.request.request_id, None) is not None:
-                    stream.tell()  # aborted through the engine, which is not a step's output
-                    yield inbox.popleft()
-        finally:
-            self._drop(mine)
+    def _next_tokens(self, prompts: list[ParsedPrompt], number: int) -> NextTokens:
+        """Answers a beam search: the `number` likeliest tokens after each of the sequences it asks about."""
+        params = SamplingParams(**_ONE_TOKEN, logprobs=number)
 
-    def _step(self) -> None:
-        for step in self.engine.step():
-            stream = self._streams.get(step.request_id)
-            if stream is not None:  # else a caller added the request to the engine itself
-                stream.tell()
-                if stream.finished:
-                    del self._streams[step.request_id]
+        def answer(sequences: list[tuple[int, list[int]]]) -> list[Sequence[tuple[int, float]]]:
+            jobs = self._jobs([_extended(prompts[index], ids) for index, ids in sequences], params)
+            return [leader.logprobs[0].top for leader in self._leaders(jobs, progress=False)]
 
-    def _add_all(
-        self,
-        prompts: list[ParsedPrompt],
-        params: Sequence[SamplingParams],
-        inbox: deque[Delta],
-        streaming: bool,
-    ) -> list[_Stream]:
-        if self._closed:
-            raise EngineDeadError("this LLM was closed; make a new one")
-        added: list[_Stream] = []
-        try:
-            for index, ((prompt, ids), one) in enumerate(zip(prompts, params, strict=True)):
-                request_id = f"request-{next(self._request_numbers)}"
-                request = self.engine.add_request(request_id, ids, one)
-                stream = _Stream(index, prompt, request, IncrementalDetokenizer(self.tokenizer), inbox, streaming)
-                self._streams[request_id] = stream
-                added.append(stream)
-        except BaseException:
-            self._drop(added)
-            raise
-        return added
+        return answer
 
-    def _drop(self, streams: list[_Stream]) -> None:
-        """Abort those of `streams` that still run."""
-        for stream in streams:
-            if self._streams.pop(stream.request.request_id, None) is not None:
-                self.engine.abort(stream.request.request_id)
+    def _room(self, prompts: list[ParsedPrompt], max_tokens: int) -> list[int]:
+        """`max_tokens`, lowered for each prompt to what the context length leaves behind it."""
+        limits = self.engine.scheduler.limits
+        return [
+            limits.most_tokens(f"prompts[{index}]", len(prompt.token_ids), max_tokens)
+            for index, prompt in enumerate(prompts)
+        ]
 
     def _require_same_vocabulary(self, folder: Path) -> None:
         tokenizer, model = self.tokenizer.vocab_size, self.engine.model_config.vocab_size
@@ -270,3 +328,8 @@ class LLM:
                 f"the tokenizer in {folder} has {tokenizer} ids, but the model's vocabulary is {model}; "
                 "the two do not belong together"
             )
+
+
+def _extended(prompt: ParsedPrompt, ids: list[int]) -> ParsedPrompt:
+    """The prompt with more tokens behind it."""
+    return prompt._replace(token_ids=prompt.token_ids + ids)

@@ -22,9 +22,9 @@ MAX_STOP_STRINGS = 64
 MAX_STOP_CHARACTERS = 1000
 MAX_BAD_WORDS = 512
 """Most lists of ids; a string counts as two of them, as it is looked for with and without a space in front."""
-MAX_BAD_WORD_CHARACTERS = 256
+MAX_BAD_WORD_CHARACTERS = 250
 MAX_BAD_WORD_IDS = 1024
-"""Tokens of one bad word; 256 characters have at most so many bytes."""
+"""Tokens of one bad word; more than 250 characters and a space have bytes."""
 MAX_SAMPLES = 128
 MAX_LOGPROBS = 128
 _INT32_MAX = 2**31 - 1
@@ -35,17 +35,17 @@ _INT32_MAX = 2**31 - 1
 class SamplingParams:
     """Options of one request; every one may be left out, and an unknown one raises RequestError.
 
-    How a token is drawn; the logits are changed in this order:
+    How a token is drawn; what changes the logits does so in this order:
 
+    repetition_penalty: the logits of tokens in the prompt or the output are divided by it where positive, multiplied
+        where negative. In [0.01, 100]; 1 changes nothing.
+    frequency_penalty: is subtracted from a token's logit as often as the token was generated. In [-2, 2].
+    presence_penalty: is subtracted once where the token was generated at all. In [-2, 2].
     logit_bias: {token id: what is added to its logit}, in [-100, 100]; ids may be strings of digits, as in JSON. At
         most 1024; kept as a sorted tuple of pairs.
     allowed_token_ids: only these are ever drawn; at most 2**20, kept as a sorted tuple. None allows all.
     bad_words: strings or lists of token ids that are never completed; a string is looked for with and without a space
-        in front. At most 256 strings of 256 characters, or 512 lists of 1024 ids.
-    presence_penalty: is subtracted from the logits of tokens that were generated already. In [-2, 2].
-    frequency_penalty: the same, times how often each was generated. In [-2, 2].
-    repetition_penalty: the logits of tokens in the prompt or the output are divided by it where positive, multiplied
-        where negative. In [0.01, 100]; 1 changes nothing.
+        in front. At most 256 strings of 250 characters, or 512 lists of 1024 ids.
     temperature: the logits are divided by it; 0 takes the most likely token (greedy). Finite, >= 0.
     top_k: keep the k most likely tokens. 0 keeps all; -1, another common spelling of that, becomes 0.
     top_p: keep the smallest set of tokens whose probabilities add up to top_p. In (0, 1]; 1 keeps all.

@@ -280,7 +280,7 @@ class Scheduler:
     def _admit(self, flight: Flight, begun: list[Request]) -> Request | None:
         """Give the most urgent waiting request that waits for nobody a slot, if there is one and the cache has room."""
         blocks = self._blocks
-        while self._running.has_free_slot and self._shortage <= 0:
+        while self._running.has_free_slot and (self._shortage <= 0 or self._running.is_idle):
             request = self._waiting.peek()
             if request is None:
                 return None
@@ -370,7 +370,7 @@ class Scheduler:
 
     def _release(self, slot: int, request: Request) -> None:
         self._running.release(slot, request)
-        self._shortage -= self._blocks.blocks_for(request.num_to_schedule)
+        self._shortage -= self._running.admission.most_given_back(request)
 
     def _tell_evicted(self, before: int, why: str) -> None:
         count = self._blocks.stats.evicted_blocks - before

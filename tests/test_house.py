@@ -17,14 +17,17 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # upwards.
 FLOORS = [
     {"errors"},
-    {"options"},
+    {"options", "lazy_heap"},
     {"sampling_params", "config", "hub"},
-    {"request", "batch"},
-    {"cache", "ops", "text"},
-    {"scheduler", "layers", "prompts"},
+    {"batch"},
+    {"request"},
+    {"cache", "ops", "text", "trace"},
+    {"scheduling", "layers", "prompts", "output", "beam_search", "scoring", "trace_reader", "trace_frame"},
+    {"scheduler", "trace_view"},
     {"models"},
     {"runner"},
     {"engine"},
+    {"jobs"},
     {"llm"},
     {"cli"},
 ]
@@ -37,10 +40,19 @@ TORCH_FREE = {
     "hub",
     "request",
     "batch",
+    "lazy_heap",
     "cache",
+    "scheduling",
     "scheduler",
     "text",
     "prompts",
+    "output",
+    "beam_search",
+    "scoring",
+    "trace",
+    "trace_frame",
+    "trace_reader",
+    "trace_view",
 }
 
 # Where an import may stand inside a function, and why.

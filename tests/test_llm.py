@@ -21,7 +21,7 @@ def llm() -> Iterator[LLM]:
     with LLM(device="cpu", num_kv_blocks=256, max_num_seqs=8) as llm:
         yield llm
         assert not llm.engine.has_unfinished
-        assert llm.engine.block_manager.num_free == 256
+        assert llm.engine.block_manager.num_used == 0
         llm.engine.scheduler.check()
 
 
@@ -122,14 +122,14 @@ def test_two_open_streams_do_not_lose_each_others_tokens(llm: LLM) -> None:
 def test_leaving_a_stream_aborts_it(llm: LLM) -> None:
     for _ in llm.stream(["Once", "twice"], SamplingParams(max_tokens=500, ignore_eos=True)):
         break
-    assert not llm.engine.scheduler.num_running
-    assert llm.engine.block_manager.num_free == 256
+    assert not llm.engine.has_unfinished
+    assert llm.engine.block_manager.num_used == 0
 
 
 def test_an_abort_through_the_engine_ends_the_call_with_what_there_is(llm: LLM) -> None:
     stream = llm.stream(["Once", "twice"], SamplingParams(temperature=0.0, max_tokens=30, ignore_eos=True))
     first = next(stream)
-    [name] = [name for name, one in llm._streams.items() if one.index == first.index]
+    [name] = [name for name, run in llm._loop._runs.items() if run.job.index == first.index]
     assert llm.engine.abort(name)
     finals = {delta.index: delta.output for delta in stream if delta.output is not None}
     aborted, other = finals[first.index], finals[1 - first.index]
@@ -151,6 +151,7 @@ BAD_PROMPTS = {
     "bytes": (b"abc", "prompts is b'abc'"),
     "None inside": ([None], r"prompts\[0\] is None"),
     "unknown key": ({"text": "a"}, "keys \\['text'\\]"),
+    "bad salt": ({"prompt": "a", "cache_salt": 5}, "'cache_salt'] is 5"),
     "too long": ([[1] * 1024], "the prompt of request .* has 1024 tokens"),
     "lone surrogate": ("a\ud800", "surrogate"),
 }
@@ -163,6 +164,24 @@ def test_a_bad_prompt_is_named_and_nothing_is_lost(llm: LLM, case: str) -> None:
         llm.generate(prompt, GREEDY)
     assert not llm.engine.has_unfinished
     assert llm.generate("Once", GREEDY)[0].finished
+
+
+def test_streams_and_conversations_are_checked_before_they_start(llm: LLM) -> None:
+    for start in (llm.stream, llm.generate):
+        with pytest.raises(RequestError, match=r"prompt_token_ids\[0\] is 4096"):
+            start([[1], [4096]], GREEDY)
+    with pytest.raises(RequestError, match="allowed_token_ids\\[0\\] is 4096"):
+        llm.stream_chat([{"role": "user", "content": "hello"}], SamplingParams(allowed_token_ids=[4096]))
+    assert not llm.engine.has_unfinished
+
+
+@pytest.mark.parametrize("bad", ["1", 1.5, None, True, 2**31])
+def test_bad_priorities(llm: LLM, bad: object) -> None:
+    for priority in (bad, [0, bad]):
+        with pytest.raises(RequestError, match=r"^priority is"):
+            llm.generate(["a", "b"], GREEDY, priority=priority)  # type: ignore[arg-type]
+    with pytest.raises(RequestError, match="priority has 1 entries for 2 prompts"):
+        llm.generate(["a", "b"], GREEDY, priority=[1])
 
 
 def test_bad_sampling_params_lists(llm: LLM) -> None:
@@ -212,5 +231,22 @@ def test_a_closed_llm_says_so() -> None:
     llm = LLM(device="cpu", num_kv_blocks=64)
     llm.close()
     llm.close()
+    for use in (
+        lambda: llm.generate("a", GREEDY),
+        lambda: llm.stream("a", GREEDY),
+        lambda: llm.score("a"),
+        lambda: llm.encode("a"),
+        lambda: llm.beam_search("a"),
+        llm.clear_prefix_cache,
+    ):
+        with pytest.raises(EngineDeadError, match="was closed"):
+            use()
+
+
+def test_closing_ends_open_streams() -> None:
+    llm = LLM(device="cpu", num_kv_blocks=64)
+    stream = llm.stream("a", GREEDY)
+    next(stream)
+    llm.close()
     with pytest.raises(EngineDeadError, match="was closed"):
-        llm.generate("a", GREEDY)
+        list(stream)

@@ -15,6 +15,7 @@ from minivllm.errors import MiniVLLMError
 # name -> (file in this package, what the command does); the command in the file has the same name.
 COMMANDS = {
     "generate": "continue prompts, or answer them with --chat, and stream the text",
+    "trace": "draw a recorded run: who ran when, the cache over time, the slowest steps",
     "build": "compile the kernels now instead of at the first use",
     "info": "what runs here: versions, devices, and which kernels serve them",
 }

@@ -6,15 +6,15 @@ import json
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, TextIO
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, Any, TextIO
 
 import click
 
 from minivllm.errors import RequestError
 
 if TYPE_CHECKING:
-    from minivllm import LLM, Delta, RequestOutput
+    from minivllm import LLM, CompletionOutput, Delta, RequestOutput
 
 
 @click.command(epilog='Example: python -m minivllm generate --chat --stats "Please add 12 and 30."')
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 @click.option("--model", metavar="PATH|HUB_ID", help="Model folder or hub id.  [default: the bundled tiny model]")
 @click.option("--chat", is_flag=True, help="Send each prompt as a user's message through the model's chat template.")
 @click.option("--max-tokens", type=int, default=128, show_default=True, help="Most tokens to generate for a prompt.")
+@click.option("--n", type=int, default=1, show_default=True, help="Continuations of each prompt.")
 @click.option("--temperature", type=float, default=0.7, show_default=True, help="0 takes the most likely token.")
 @click.option(
     "--top-p", type=float, default=0.95, show_default=True, help="Keep the likeliest tokens of this total mass."
@@ -30,7 +31,18 @@ if TYPE_CHECKING:
 @click.option(
     "--min-p", type=float, default=0.0, show_default=True, help="Keep tokens this likely relative to the likeliest."
 )
+@click.option(
+    "--presence-penalty", type=float, default=0.0, show_default=True, help="Lower the logits of tokens that came."
+)
+@click.option(
+    "--frequency-penalty", type=float, default=0.0, show_default=True, help="Lower them each time that they came."
+)
+@click.option(
+    "--repetition-penalty", type=float, default=1.0, show_default=True, help="Divide them; the prompt's tokens too."
+)
+@click.option("--stop", multiple=True, metavar="TEXT", help="End before this text; may be given again.")
 @click.option("--seed", type=int, help="The same seed draws the same text.  [default: a new one each time]")
+@click.option("--logprobs", type=int, metavar="N", help="Tell each token's logprob and the N likeliest, with --json.")
 @click.option(
     "--prompt-file",
     multiple=True,
@@ -41,46 +53,44 @@ if TYPE_CHECKING:
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object a prompt instead of text.")
 @click.option("--no-stream", is_flag=True, help="Print each text when it is complete.")
 @click.option("--stats", is_flag=True, help="Print time to first token, tokens/s and cache use to stderr.")
+@click.option("--trace", metavar="FILE", help="Record every step, for `minivllm trace FILE` and ui.perfetto.dev.")
 @click.option("--max-model-len", type=int, help="Longest prompt and answer in tokens.  [default: the model's]")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
 @click.option("--dtype", default="auto", show_default=True, help="auto, float32, bfloat16 or float16.")
 def generate(
     prompts: tuple[str, ...],
-    model: str | None,
-    chat: bool,
-    max_tokens: int,
-    temperature: float,
-    top_p: float,
-    top_k: int,
-    min_p: float,
-    seed: int | None,
     prompt_file: tuple[TextIO, ...],
+    chat: bool,
     as_json: bool,
     no_stream: bool,
     stats: bool,
+    model: str | None,
+    trace: str | None,
     max_model_len: int | None,
     device: str,
     dtype: str,
+    **sampling: Any,  # the options named like the fields of SamplingParams
 ) -> None:
     """Continue each PROMPT and stream the text; several prompts run as one batch and print in order."""
     start = time.monotonic()
     texts = [*prompts, *(_read(file) for file in prompt_file)]
     if not texts:
         raise click.UsageError("give at least one PROMPT or --prompt-file")
+    if sampling["logprobs"] is not None and not as_json:
+        raise click.UsageError("--logprobs are printed with --json only")
     import secrets
 
     from minivllm import LLM, SamplingParams
 
-    params = SamplingParams(
-        temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p, max_tokens=max_tokens, seed=seed
-    )
+    params = SamplingParams(**sampling)
     engine_seed = secrets.randbits(62)  # a prompt without --seed draws anew each time
-    with LLM(model, device=device, dtype=dtype, max_model_len=max_model_len, seed=engine_seed) as llm:
+    with LLM(model, device=device, dtype=dtype, max_model_len=max_model_len, trace=trace, seed=engine_seed) as llm:
         ready = time.monotonic()
         conversations = [[{"role": "user", "content": text}] for text in texts]
         deltas = llm.stream_chat(conversations, params) if chat else llm.stream(texts, params)
         meter = _Meter(llm)
-        outputs = _print(meter.watch(deltas), texts, as_json, streaming=not (no_stream or as_json))
+        printer = _JsonPrinter(texts) if as_json else _TextPrinter(texts, params.n, streaming=not no_stream)
+        outputs = [delta.output for delta in printer.watch(meter.watch(deltas)) if delta.output is not None]
         if stats:
             meter.print(outputs, load_seconds=ready - start)
 
@@ -92,55 +102,96 @@ def _read(file: TextIO) -> str:
         raise RequestError(f"the prompt file {file.name} is not UTF-8 text: {error}") from error
 
 
-def _print(deltas: Iterator[Delta], texts: list[str], as_json: bool, *, streaming: bool) -> list[RequestOutput]:
-    """Print in the order of the prompts: the first unfinished one streams, later ones wait for their turn."""
-    waiting: dict[int, list[str]] = defaultdict(list)
-    outputs: dict[int, RequestOutput] = {}
-    turn = 0
-    _print_header(turn, texts, as_json)
-    for delta in deltas:
-        waiting[delta.index].append(delta.text)
-        if delta.output is not None:
-            outputs[delta.index] = delta.output
-        while turn < len(texts):
-            if streaming:
-                click.echo("".join(waiting.pop(turn, ())), nl=False)
-            if turn not in outputs:
-                break
-            if as_json:
-                click.echo(json.dumps(_as_json(texts[turn], outputs[turn]), ensure_ascii=False))
-            else:
-                click.echo("" if streaming else outputs[turn].text)
-            turn += 1
-            _print_header(turn, texts, as_json)
-    return [outputs[index] for index in range(len(texts))]
+class _TextPrinter:
+    """Prints in the order of the prompts: the first unfinished continuation streams, later ones wait for their turn."""
+
+    def __init__(self, texts: list[str], n: int, *, streaming: bool) -> None:
+        self._texts = texts
+        self._n = n
+        self._streaming = streaming
+        self._turns = iter([(index, sample) for index in range(len(texts)) for sample in range(n)])
+
+    def watch(self, deltas: Iterable[Delta]) -> Iterator[Delta]:
+        waiting: dict[tuple[int, int], list[str]] = defaultdict(list)
+        ended = set()
+        turn = self._next_turn()
+        for delta in deltas:
+            waiting[delta.index, delta.sample].append(delta.text)
+            if delta.finish_reason is not None:
+                ended.add((delta.index, delta.sample))
+            while turn is not None:
+                if self._streaming or turn in ended:
+                    click.echo("".join(waiting.pop(turn, ())), nl=turn in ended)
+                if turn not in ended:
+                    break
+                turn = self._next_turn()
+            yield delta
+
+    def _next_turn(self) -> tuple[int, int] | None:
+        """Whose text comes next; prints its prompt, so that both read as one on a terminal and many are told apart."""
+        turn = next(self._turns, None)
+        if turn is None:
+            return None
+        text, sample = self._texts[turn[0]], turn[1]
+        which = f", continuation {sample + 1}/{self._n}" if self._n > 1 else ""
+        if len(self._texts) > 1 or which:
+            first_line = text.partition("\n")[0]
+            click.secho(f"--- {turn[0] + 1}/{len(self._texts)}{which}: {first_line[:70]}", dim=True)
+        elif sys.stdout.isatty():
+            click.secho(text, dim=True, nl=False)
+        return turn
 
 
-def _print_header(turn: int, texts: list[str], as_json: bool) -> None:
-    """The prompt, so that a continuation reads as one text on a terminal and many prompts can be told apart."""
-    if as_json or turn >= len(texts):
-        return
-    if len(texts) > 1:
-        first_line = texts[turn].partition("\n")[0]
-        click.secho(f"--- {turn + 1}/{len(texts)}: {first_line[:70]}", dim=True)
-    elif sys.stdout.isatty():
-        click.secho(texts[turn], dim=True, nl=False)
+class _JsonPrinter:
+    """Prints one object a prompt, in the order of the prompts."""
+
+    def __init__(self, texts: list[str]) -> None:
+        self._texts = texts
+
+    def watch(self, deltas: Iterable[Delta]) -> Iterator[Delta]:
+        outputs: dict[int, RequestOutput] = {}
+        turn = 0
+        for delta in deltas:
+            if delta.output is not None:
+                outputs[delta.index] = delta.output
+            while turn in outputs:
+                click.echo(json.dumps(_as_json(self._texts[turn], outputs.pop(turn)), ensure_ascii=False))
+                turn += 1
+            yield delta
 
 
 def _as_json(prompt: str, output: RequestOutput) -> dict[str, object]:
-    completion, metrics = output.outputs[0], output.metrics
+    metrics, completions = output.metrics, [_completion_as_json(completion) for completion in output.outputs]
     first, finish = metrics.first_token_time, metrics.finish_time
     return {
         "prompt": prompt,
-        "text": completion.text,
-        "finish_reason": completion.finish_reason,
+        **completions[0],
+        **({"outputs": completions} if len(completions) > 1 else {}),
         "prompt_tokens": len(output.prompt_token_ids),
         "cached_tokens": output.num_cached_tokens,
-        "completion_tokens": len(completion.token_ids),
-        "token_ids": completion.token_ids,
         "ttft_seconds": None if first is None else round(first - metrics.arrival_time, 6),
         "seconds": None if finish is None else round(finish - metrics.arrival_time, 6),
     }
+
+
+def _completion_as_json(completion: CompletionOutput) -> dict[str, object]:
+    record: dict[str, object] = {
+        "text": completion.text,
+        "finish_reason": completion.finish_reason,
+        "stop_reason": completion.stop_reason,
+        "completion_tokens": len(completion.token_ids),
+        "token_ids": completion.token_ids,
+    }
+    if completion.logprobs is not None:
+        record["cumulative_logprob"] = completion.cumulative_logprob
+        record["logprobs"] = [
+            [
+                {"id": token, "token": one.decoded_token, "logprob": one.logprob, "rank": one.rank}
+                for token, one in position.items()
+            ]
+            for position in completion.logprobs
+        ]
+    return record
 
 
 class _Meter:
@@ -150,10 +201,9 @@ class _Meter:
         self._llm = llm
         self._most_blocks = 0
 
-    def watch(self, deltas: Iterator[Delta]) -> Iterator[Delta]:
-        blocks, total = self._llm.engine.block_manager, self._llm.engine.runner.kv.num_blocks
+    def watch(self, deltas: Iterable[Delta]) -> Iterator[Delta]:
         for delta in deltas:
-            self._most_blocks = max(self._most_blocks, total - blocks.num_free)
+            self._most_blocks = max(self._most_blocks, self._llm.engine.block_manager.num_used)
             yield delta
 
     def print(self, outputs: list[RequestOutput], load_seconds: float) -> None:
@@ -161,9 +211,9 @@ class _Meter:
         arrivals = [output.metrics.arrival_time for output in outputs]
         ttft = [first - arrival for first, arrival in zip(first_tokens, arrivals, strict=True) if first is not None]
         ends = [output.metrics.finish_time for output in outputs if output.metrics.finish_time is not None]
-        tokens = sum(len(output.outputs[0].token_ids) for output in outputs)
+        tokens = sum(len(completion.token_ids) for output in outputs for completion in output.outputs)
         seconds = max(ends) - min(arrivals)
-        runner = self._llm.engine.runner
+        runner, cache = self._llm.engine.runner, self._llm.engine.block_manager.stats
         kv = runner.kv
         lines = [
             f"device {runner.device}, dtype {str(runner.dtype).removeprefix('torch.')}, ready in {load_seconds:.2f} s "
@@ -175,6 +225,8 @@ class _Meter:
             if ttft
             else "no token was generated",
             f"KV cache: at most {self._most_blocks} of {kv.num_blocks} blocks of {kv.block_size} tokens in use",
+            f"prefix cache: {cache.cached_tokens} of {cache.prompt_tokens} prompt tokens found "
+            f"({cache.hit_rate:.1%}), {cache.evicted_blocks} blocks evicted",
         ]
         for line in lines:
             click.echo(line, err=True)

@@ -44,8 +44,8 @@ class Admission:
         enough, as every request alone fits the cache. Else everybody's longest answer must fit, or at least everybody's
         likely one at the worst moment.
 
-        Not positive where it may join. Else it may not before requests that were promised as many blocks have left: no
-        request accounts for more of the worst moment than it was promised.
+        Not positive where it may join. Else it may not before requests have left whose `most_given_back` adds up to as
+        much.
         """
         blocks = self._blocks
         num_shared = prefix.num_tokens // blocks.block_size
@@ -63,6 +63,11 @@ class Admission:
         num_private = blocks.blocks_for(request.num_known) - num_shared
         demands.append(Demand(self._remaining(request), request.num_known, num_shared, num_private))
         return peak_demand(demands, blocks.block_size) - available
+
+    def most_given_back(self, request: Request) -> int:
+        """By how much the end of `request` can lower the `shortage` of another: what it was promised, and the two
+        blocks by which the forecast may round its use up."""
+        return self._blocks.blocks_for(request.num_to_schedule) + 2
 
     def _demand(self, request: Request) -> Demand:
         slot = request.slot

@@ -34,6 +34,11 @@ class RunningSet:
         """Whether `start` can be called."""
         return bool(self._free_slots)
 
+    @property
+    def is_idle(self) -> bool:
+        """Whether nobody holds a slot."""
+        return len(self._free_slots) == self._max_num_seqs
+
     def requests(self) -> list[Request]:
         """Prefilling and decoding ones."""
         return [*self.prefilling, *self.decoding.values()]
