@@ -17,6 +17,7 @@ from minivllm.cache.block_manager import BlockManager
 from minivllm.config import EngineConfig, ModelConfig
 from minivllm.errors import EngineDeadError, RequestError
 from minivllm.options import check_choice, check_int, show
+from minivllm.prompts import MAX_CACHE_SALT_CHARACTERS
 from minivllm.request import FinishReason, Request, StepOutput
 from minivllm.runner.model_runner import ModelRunner
 from minivllm.sampling_params import SamplingParams
@@ -187,8 +188,9 @@ class LLMEngine:
     ) -> Request:
         if params.stop:
             raise RequestError(f"stop is {show(params.stop)}, but the engine knows only token ids; use LLM")
-        if cache_salt is not None and not isinstance(cache_salt, str):
-            raise RequestError(f"cache_salt is {show(cache_salt)}; it must be a str or None")
+        most = MAX_CACHE_SALT_CHARACTERS
+        if cache_salt is not None and not (isinstance(cache_salt, str) and 1 <= len(cache_salt) <= most):
+            raise RequestError(f"cache_salt is {show(cache_salt)}; it must be a str of 1 to {most} characters, or None")
         if pooling is not None:
             check_choice("pooling", pooling, POOLINGS, RequestError)
         stop_ids = frozenset(self._checked_ids("stop_token_ids", params.stop_token_ids))
@@ -243,7 +245,10 @@ class LLMEngine:
 
     def _checked_ids(self, name: str, ids: Iterable[int]) -> list[int]:
         vocab_size = self.model_config.vocab_size
-        checked: list[int] = []
+        checked = list(ids)
+        if set(map(type, checked)) <= {int} and (not checked or (min(checked) >= 0 and max(checked) < vocab_size)):
+            return checked  # the quick way to what the rest gives
+        ids, checked = checked, []
         for index, token in enumerate(ids):
             try:
                 checked.append(check_int("id", token, 0, vocab_size - 1, RequestError))

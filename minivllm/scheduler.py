@@ -299,9 +299,11 @@ class Scheduler:
         return None
 
     def _start(self, flight: Flight, request: Request, prefix: Prefix) -> None:
+        again, stats = request.num_preemptions > 0, self._blocks.stats
+        evicted = stats.evicted_blocks
         self._waiting.remove(request)
         self._running.start(flight, request, prefix)
-        again, stats = request.num_preemptions > 0, self._blocks.stats
+        self._tell_evicted(evicted, f"{request.label} copied a block that it shares and goes on in")
         if not again:
             request.num_cached_tokens = prefix.num_tokens
             stats.prompt_tokens += len(request.prompt_token_ids)

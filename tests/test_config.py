@@ -218,9 +218,13 @@ BAD_ENGINE = [
     ("block_size", [0, 4, 7, 12, 24, 512, 16.0, True, None, -16]),
     ("num_kv_blocks", [0, -1, 10.0, True, "10", 2**31]),
     ("gpu_memory_utilization", [0, -0.1, 1.01, math.nan, math.inf, True, "0.9", None]),
-    ("enable_prefix_caching", [False, 1, None, "yes"]),
+    ("enable_prefix_caching", [1, None, "yes"]),
     ("enforce_eager", [True, 0, None]),
     ("tensor_parallel_size", [2, 0, True, 1.0, None]),
+    ("scheduling_policy", ["lifo", None, 1, ""]),
+    ("prefix_aware_scheduling", [1, None, "yes"]),
+    ("max_num_waiting", [0, -1, 2.0, True, None, 2**25]),
+    ("trace", ["", 5, b"file", True]),
     ("load_format", ["pickle", None, 1]),
     ("seed", [None, 1.0, True, 2**63, "0"]),
 ]
@@ -236,7 +240,8 @@ def test_engine_config_accepts_its_limits() -> None:
     for changes in (
         {"device": "cuda:7", "dtype": "float16", "load_format": "dummy", "block_size": 256, "num_kv_blocks": 1},
         {"device": "cpu", "max_model_len": 2, "gpu_memory_utilization": 1, "block_size": 8, "seed": -(2**63)},
-        {"max_num_seqs": 1, "max_num_batched_tokens": 1, "enable_prefix_caching": True, "tensor_parallel_size": 1},
+        {"max_num_seqs": 1, "max_num_batched_tokens": 1, "enable_prefix_caching": False, "tensor_parallel_size": 1},
+        {"scheduling_policy": "priority", "prefix_aware_scheduling": False, "max_num_waiting": 1, "trace": "run.json"},
     ):
         config = EngineConfig(**changes)
         assert {key: getattr(config, key) for key in changes} == changes

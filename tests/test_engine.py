@@ -178,7 +178,7 @@ def test_a_deadline_is_told(engine: LLMEngine) -> None:
         ({"allowed_token_ids": [3, 500]}, {}, r"allowed_token_ids\[1\] is 500"),
         ({"allowed_token_ids": [3], "stop_token_ids": [3], "min_tokens": 2}, {}, "nothing could be drawn"),
         ({}, {"priority": "high"}, "priority is 'high'; it must be an integer"),
-        ({}, {"cache_salt": 5}, "cache_salt is 5; it must be a str or None"),
+        ({}, {"cache_salt": 5}, "cache_salt is 5; it must be a str of 1 to 256"),
         ({}, {"pooling": "sum"}, "pooling is 'sum'; it must be one of 'last', 'mean'"),
     ],
 )
