@@ -207,9 +207,18 @@ class BlockManager:
         return len(self._owners[owner].table)
 
     def num_private(self, owner: int) -> int:
-        """Blocks that become available when `owner` leaves, as far as nobody else shares them in the tree."""
+        """Blocks that become available when `owner` leaves: those that nobody else has in a table."""
         state = self._owners[owner]
-        return len(state.table) - (0 if state.node is None else self._tree.num_shared(state.node))
+        if state.node is None:
+            return sum(self._pool.ref_count(block) == 1 for block in state.table)
+        return len(state.table) - self._tree.num_shared(state.node)
+
+    def num_private_until(self, prefix: Prefix) -> int:
+        """How many of the blocks that an owner will share by `prefix` are private to another owner now."""
+        num_shared = prefix.num_tokens // self.block_size
+        if prefix.node is None:
+            return sum(self._pool.ref_count(block) == 1 for block in prefix.blocks[:num_shared])
+        return self._tree.num_pinned_once(prefix.node, num_shared)
 
     def check(self, owners: Iterable[int]) -> None:
         """Assert every invariant, given who should own blocks now. O(num_blocks); for tests and debugging."""

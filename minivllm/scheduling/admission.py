@@ -62,7 +62,8 @@ class Admission:
             return 0
         num_private = blocks.blocks_for(request.num_known) - num_shared
         demands.append(Demand(self._remaining(request), request.num_known, num_shared, num_private))
-        return peak_demand(demands, blocks.block_size) - available
+        # Others may seem to give back at their ends what the newcomer then still shares.
+        return peak_demand(demands, blocks.block_size) + blocks.num_private_until(prefix) - available
 
     def most_given_back(self, request: Request) -> int:
         """By how much the end of `request` can lower the `shortage` of another: what it was promised, and the two

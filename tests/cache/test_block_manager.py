@@ -250,7 +250,6 @@ def test_generated_tokens_are_cached_for_the_next_turn(seed: int) -> None:
 
 # Without the tree (prefix caching off, or after a clear) num_private takes every block of a table for private, so the
 # forecast expects the blocks that samples share back once for each of them. The blocks with one reference are private.
-@pytest.mark.xfail(strict=True, reason="blocks that are shared outside of the tree count as private")
 @pytest.mark.parametrize("cleared", [False, True])
 def test_what_samples_share_without_the_tree_is_not_private(cleared: bool) -> None:
     manager = BlockManager(12, 8, prefix_caching=cleared)

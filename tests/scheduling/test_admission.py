@@ -77,10 +77,6 @@ def expect(walk: Walk, length: int) -> None:
         walk.admission._lengths.record(length)
 
 
-# It fails now and then as long as test_what_the_newcomer_shares_does_not_come_back does; then this mark must go.
-SHARING = pytest.mark.xfail(strict=False, reason="see test_what_the_newcomer_shares_does_not_come_back")
-
-
 def some_request(walk: Walk, rng: random.Random, sharing: bool) -> Request:
     """One that fits alone, and begins as one before it. Where not `sharing`, as one that is gone by now."""
     size = walk.blocks.block_size
@@ -93,7 +89,7 @@ def some_request(walk: Walk, rng: random.Random, sharing: bool) -> Request:
     return make_request(tokens, min(total - length, 5 * size), ignore_eos=True)
 
 
-@pytest.mark.parametrize("sharing", [False, pytest.param(True, marks=SHARING)])
+@pytest.mark.parametrize("sharing", [False, True])
 @pytest.mark.parametrize("prefix_caching", [True, False])
 @pytest.mark.parametrize("block_size", [8, 64])
 def test_with_exact_forecasts_nobody_is_ever_short(
@@ -241,9 +237,6 @@ def test_answers_of_a_preempted_request_count_as_generated() -> None:
     assert walk.fits(again)
 
 
-# The forecast lets a running request give back all blocks that it holds alone now, also those that the newcomer is
-# about to share: num_private must not count the beginning that a table has in common with the newcomer's prefix.
-@pytest.mark.xfail(strict=True, reason="what the newcomer will share still counts as private to others")
 def test_what_the_newcomer_shares_does_not_come_back() -> None:
     walk, tokens = Walk(11), prompt(40)
     walk.start(make_request(tokens, 9, ignore_eos=True))  # 5 blocks, 6 in the end, after 8 steps

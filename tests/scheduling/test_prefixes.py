@@ -136,7 +136,10 @@ def test_it_agrees_with_a_plain_comparison(block_size: int, seed: int) -> None:
         same = next((n for n, pair in enumerate(zip(first, second, strict=False)) if pair[0] != pair[1]), None)
         return (min(len(first), len(second)) if same is None else same) // block_size * block_size
 
-    for _ in range(60):
+    num_tries = 0
+    while num_tries < 60 or found < 3:
+        num_tries += 1
+        assert num_tries < 5000, "nobody ever waits"
         prompt, computing = some_prompt(), [make_request(some_prompt()) for _ in range(rng.randint(0, 4))]
         request = make_request(prompt)
         prefix = min(len(prompt) - 1, rng.randint(0, 6) * block_size)
@@ -145,4 +148,3 @@ def test_it_agrees_with_a_plain_comparison(block_size: int, seed: int) -> None:
         useful = [Ahead(other, count) for other, count in shares if left > 1 and 2 * (count - prefix) >= left]
         assert ahead(request, prefix, computing, True, block_size) == (useful[0] if useful else None)
         found += bool(useful)
-    assert found > 0
