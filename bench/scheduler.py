@@ -128,8 +128,12 @@ def measure_admission(rows: int, block_size: int, rng: random.Random) -> Iterato
     request = make_request("new", some_tokens(rng, 64), 1024)
     request.key, request.num_known, request.num_to_schedule = token_key(request.prompt_token_ids), 64, 1087
     prefix = blocks.match(request.key, None, 63)
-    fits = timed(lambda _: running.admission.fits(request, prefix, running.requests()), 500)
-    yield cost(f"admission forecast, {rows} running", fits)
+
+    def first_of_a_step(_: int) -> int:
+        running.admission.begin_step()
+        return running.admission.shortage(request, prefix, running.decoding, running.prefilling)
+
+    yield cost(f"admission forecast, {rows} running", timed(first_of_a_step, 500))
 
 
 class Cache:
