@@ -48,6 +48,12 @@ class LazyHeap(Generic[T]):
             heapq.heappop(self._heap)
         return None
 
+    def pop(self) -> T:
+        """Remove and return the item that `peek` has just shown."""
+        _, _, item = heapq.heappop(self._heap)
+        del self._tickets[item]
+        return item
+
     def discard(self, item: T) -> bool:
         """Remove `item`; False where it is not in the heap."""
         if self._tickets.pop(item, None) is None:

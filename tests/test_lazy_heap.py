@@ -118,3 +118,14 @@ def test_pushing_twice_is_caught() -> None:
     heap.push("a", 1)
     with pytest.raises(AssertionError, match="pushed twice"):
         heap.push("a", 2)
+
+
+def test_pop_takes_what_peek_has_shown() -> None:
+    heap: LazyHeap[str] = LazyHeap()
+    for key, item in ((2, "b"), (1, "a"), (3, "c")):
+        heap.push(item, key)
+    heap.discard("a")
+    assert heap.peek() == "b"
+    assert heap.pop() == "b"
+    assert "b" not in heap
+    assert heap.peek() == "c"

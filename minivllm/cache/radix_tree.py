@@ -86,15 +86,20 @@ class RadixTree:
         """The longest prefix of `key` that is cached. Changes nothing; time linear in the length of the prefix."""
         node = self._roots.get(salt)
         blocks: list[int] = []
-        unpinned, total = 0, len(key) // self._block_bytes
-        while node is not None and node.end == len(blocks) < total:
-            child = self._child(node, key, len(blocks))
+        unpinned = begin = 0
+        while node is not None:
+            child = node.children.get(key[begin : begin + self._block_bytes])
             if child is None:
                 break
-            common = self._common(child, key, total)
-            blocks += child.blocks[:common]
-            unpinned += 0 if child.pins else common
-            node = child
+            node, known = child, len(blocks)
+            if key.startswith(child.key, begin):
+                blocks += child.blocks
+                begin += len(child.key)
+            else:
+                blocks += child.blocks[: self._common(child, key, len(key) // self._block_bytes)]
+                begin = len(key)
+            if not child.pins:
+                unpinned += len(blocks) - known
         return Match(node, blocks, unpinned)
 
     def pin(self, node: RadixNode | None, num_blocks: int, salt: str | None) -> RadixNode:
@@ -165,7 +170,7 @@ class RadixTree:
             if keep:
                 leaf.key = leaf.key[: keep * self._block_bytes]
             else:
-                self._remove(leaf)
+                self._remove(self._leaves.pop())
         self.num_blocks -= count
         self.num_evictable -= count
         return evicted
@@ -267,7 +272,6 @@ class RadixTree:
 
     def _remove(self, leaf: RadixNode) -> None:
         """Take a leaf without blocks out of the tree."""
-        self._leaves.discard(leaf)
         parent = leaf.parent
         assert parent is not None, "a root is no leaf"
         del parent.children[self._name(leaf)]
