@@ -62,8 +62,7 @@ class Scheduler:
         self._clock = clock
         self._observer = observer
         self._requests: dict[str, list[Request]] = {}  # all that have not ended
-        self._num_live = 0
-        self._num_arrived = 0
+        self._num_live = self._num_arrived = self._num_steps = 0
         self._waiting = WaitingQueue(policy)
         self._deadlines: LazyHeap[Request] = LazyHeap()
         self._running = RunningSet(block_manager, max_num_seqs)
@@ -162,6 +161,8 @@ class Scheduler:
         if not flight.batch.slots:
             return None
         self._running.add_changes(flight)
+        self._num_steps += 1
+        self._shortage -= not self._num_steps % self._blocks.block_size  # see `Admission.shortage`
         self._flights.append(flight)
         return flight.batch
 
@@ -235,7 +236,8 @@ class Scheduler:
         request.key, request.num_known = full_key(request), num_tokens_of(request)
         self._waiting.push(request)
         self._waiting.wake(request)
-        self._shortage = 1  # let the others get on first: else it could come back at once and be preempted again
+        # Let the others get on first: else it could come back at once and be preempted again.
+        self._shortage = self._running.admission.most_given_back(request)
 
     def _schedule_decodes(self, flight: Flight) -> None:
         """One token for every decoding request; the hot path, some 0.1 us a row."""

@@ -8,7 +8,7 @@ write). Blocks that only the tree owns are a cache: they are evicted when a tabl
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -206,19 +206,21 @@ class BlockManager:
         """Number of blocks in the table of `owner`."""
         return len(self._owners[owner].table)
 
-    def num_private(self, owner: int) -> int:
-        """Blocks that become available when `owner` leaves: those that nobody else has in a table."""
-        state = self._owners[owner]
-        if state.node is None:
-            return sum(self._pool.ref_count(block) == 1 for block in state.table)
-        return len(state.table) - self._tree.num_shared(state.node)
+    def begins_with(self, owner: int | None, block: int) -> bool:
+        """Whether `block` is the first in the table of `owner`."""
+        return owner is not None and self._owners[owner].table[:1] == [block]
 
-    def num_private_until(self, prefix: Prefix) -> int:
-        """How many of the blocks that an owner will share by `prefix` are private to another owner now."""
-        num_shared = prefix.num_tokens // self.block_size
-        if prefix.node is None:
-            return sum(self._pool.ref_count(block) == 1 for block in prefix.blocks[:num_shared])
-        return self._tree.num_pinned_once(prefix.node, num_shared)
+    def num_private(self, owner: int, begun: Sequence[int] = ()) -> int:
+        """Blocks that become available when `owner` leaves, if another table comes that begins with `begun`."""
+        state = self._owners[owner]
+        table = state.table
+        if state.node is not None:
+            shared = self._tree.num_shared(state.node)
+        else:  # the tree does not know; whoever shares blocks shares a beginning
+            shared = next((i for i, block in enumerate(table) if self._pool.ref_count(block) == 1), len(table))
+        while shared < min(len(begun), len(table)) and table[shared] == begun[shared]:
+            shared += 1
+        return len(table) - shared
 
     def check(self, owners: Iterable[int]) -> None:
         """Assert every invariant, given who should own blocks now. O(num_blocks); for tests and debugging."""

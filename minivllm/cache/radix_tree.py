@@ -195,11 +195,6 @@ class RadixTree:
             above = above.parent
         return 0 if above is None else above.end
 
-    def num_pinned_once(self, node: RadixNode, num_blocks: int) -> int:
-        """How many of the first `num_blocks` blocks of the path to `node` a single pin protects."""
-        edges = [above for above in _upwards(node) if above.pins == 1]
-        return sum(min(edge.end, num_blocks) - min(edge.start, num_blocks) for edge in edges)
-
     def check(self, pinned: Iterable[RadixNode]) -> Counter[int]:
         """Assert every invariant, given the pinned nodes; returns how often the tree holds each block. O(size)."""
         nodes, ends = list(self._nodes()), Counter(pinned)

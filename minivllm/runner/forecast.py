@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from minivllm.batch import Batch, SlotExtras, SlotParams
+from minivllm.runner.readouts import SCORED_AT_ONCE
 from minivllm.sampling_params import MAX_LOGPROBS
 
 
@@ -12,8 +13,10 @@ def fullest_batch(max_num_seqs: int, max_num_tokens: int, max_model_len: int, vo
     Covered are, for every slot: token counts, a mask of allowed ids, an edited copy of the logits beside the model's
     own, and the draw with all filters; logprobs of all tokens, drawn and prompt, with as many likeliest tokens as
     allowed; embeddings. Not covered is what grows with a request's lists (biases, bad words): some 50 bytes an id.
+    Prompt tokens are scored a few at a time, so some of them show the peak of all.
     """
     length = min(max_num_tokens // max_num_seqs, max_model_len)
+    num_scored = min(length, -(-2 * SCORED_AT_ONCE // max_num_seqs))
     slots = range(max_num_seqs)
     num_top = min(MAX_LOGPROBS, vocab_size)
     return Batch(
@@ -26,8 +29,8 @@ def fullest_batch(max_num_seqs: int, max_num_tokens: int, max_model_len: int, vo
         new_slots=[SlotParams(slot, 1.0, 50, 0.9, 0.1, slot) for slot in slots],
         new_extras=[_everything(slot, length, num_top) for slot in slots],
         scored_rows=[*slots],
-        scored_counts=[length] * max_num_seqs,
-        scored_targets=[0] * (length * max_num_seqs),
+        scored_counts=[num_scored] * max_num_seqs,
+        scored_targets=[0] * (num_scored * max_num_seqs),
     )
 
 

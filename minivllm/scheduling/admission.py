@@ -17,7 +17,7 @@ class Admission:
         self._blocks = blocks
         self._lengths = LengthForecast()
         self._num_promised = 0  # blocks that the requests with a table can need at most
-        self._decoding: list[Demand] = []  # of this step's decoding requests, in order, as far as they were looked at
+        self._decoding: list[tuple[Request, Demand]] = []  # of this step, in order, as far as they were looked at
 
     def opened(self, request: Request) -> None:
         """`request` has got a block table."""
@@ -45,7 +45,8 @@ class Admission:
         likely one at the worst moment.
 
         Not positive where it may join. Else it may not before requests have left whose `most_given_back` adds up to as
-        much.
+        much; but it shrinks by itself too, by a block in block_size steps at most, as a request that begins later has
+        grown less when another ends.
         """
         blocks = self._blocks
         num_shared = prefix.num_tokens // blocks.block_size
@@ -54,23 +55,35 @@ class Admission:
         if needed_now > available:
             return needed_now - available
         outstanding = self._num_promised - blocks.num_entries
-        if outstanding + blocks.blocks_for(request.num_to_schedule) - num_shared <= available:
+        most = outstanding + blocks.blocks_for(request.num_to_schedule) - num_shared - available
+        if most <= 0:
             return 0
-        self._decoding += [self._demand(one) for one in islice(decoding.values(), len(self._decoding), None)]
-        demands = self._decoding + [self._demand(one) for one in prefilling]
+        demands = self._demands(decoding, prefilling, prefix.blocks[:num_shared])
         if not demands:
             return 0
         num_private = blocks.blocks_for(request.num_known) - num_shared
         demands.append(Demand(self._remaining(request), request.num_known, num_shared, num_private))
-        # Others may seem to give back at their ends what the newcomer then still shares.
-        return peak_demand(demands, blocks.block_size) + blocks.num_private_until(prefix) - available
+        return min(most, peak_demand(demands, blocks.block_size) - available)  # the forecast may round up
 
     def most_given_back(self, request: Request) -> int:
         """By how much the end of `request` can lower the `shortage` of another: what it was promised, and the two
         blocks by which the forecast may round its use up."""
         return self._blocks.blocks_for(request.num_to_schedule) + 2
 
-    def _demand(self, request: Request) -> Demand:
+    def _demands(
+        self, decoding: Mapping[int, Request], prefilling: Iterable[Request], begun: list[int]
+    ) -> list[Demand]:
+        """Of all that run, if another comes that begins with the blocks `begun`."""
+        known = self._decoding
+        if begun:  # what the newcomer shares is not private to others any more
+            known[:] = [
+                (one, self._demand(one, begun) if self._blocks.begins_with(one.slot, begun[0]) else demand)
+                for one, demand in known
+            ]
+        known += [(one, self._demand(one, begun)) for one in islice(decoding.values(), len(known), None)]
+        return [demand for _, demand in known] + [self._demand(one, begun) for one in prefilling]
+
+    def _demand(self, request: Request, begun: list[int]) -> Demand:
         slot = request.slot
         assert slot is not None, "a running request has a slot"
         blocks = self._blocks
@@ -78,7 +91,7 @@ class Admission:
             self._remaining(request),
             max(request.num_known, request.num_scheduled),
             blocks.table_length(slot),
-            blocks.num_private(slot),
+            blocks.num_private(slot, begun),
         )
 
     def _remaining(self, request: Request) -> int:

@@ -131,8 +131,6 @@ def test_a_shortage_is_ended_by_an_end_or_by_time() -> None:
         walk.step()
 
 
-# A rounded forecast may be short of more blocks than the promises are; the smaller of the two would be right.
-@pytest.mark.xfail(strict=True, reason="the forecast rounds up, the promises are exact")
 def test_the_forecast_never_asks_for_more_than_the_promises() -> None:
     walk = Walk(6)
     for _ in range(3):
@@ -141,7 +139,6 @@ def test_the_forecast_never_asks_for_more_than_the_promises() -> None:
     assert walk.shortage(make_request(prompt(8), 25)) == 1
 
 
-@pytest.mark.xfail(strict=False, reason="rarely; see test_the_forecast_never_asks_for_more_than_the_promises")
 def test_an_end_lowers_a_shortage_by_no_more_than_promised(seed: int) -> None:
     rng = random.Random(seed)
     num_refused = 0
@@ -220,6 +217,20 @@ def test_the_first_token_needs_room_in_any_case() -> None:
     assert walk.fits(make_request(prompt(1), 1))
 
 
+def test_whoever_is_leaving_is_not_waited_for() -> None:
+    walk = Walk(10)
+    walk.start(make_request(prompt(40), 1))
+    walk.running = []
+    assert walk.fits(make_request(prompt(8), 73)), "10 blocks in the end; 5 come back when a batch lands"
+
+
+def test_answers_that_ended_teach_the_forecast() -> None:
+    walk = Walk(10)
+    for length in (3, 5, 9):
+        walk.leave(walk.start(make_request(prompt(1), 20, output_token_ids=[1] * (length - 1))))
+    assert list(walk.admission._lengths._recent) == [3, 5, 9]
+
+
 def test_a_shared_prefix_is_not_counted_twice() -> None:
     walk, tokens = Walk(10), prompt(57)
     walk.start(make_request(tokens, 8))  # 8 blocks
@@ -255,6 +266,29 @@ def test_what_the_newcomer_shares_does_not_come_back() -> None:
     newcomer = make_request(tokens + prompt(1), 25, ignore_eos=True)  # 4 of its own after 24 steps: 3 + 4 > 5
     assert walk.blocks.num_available == 5
     assert not walk.fits(newcomer)
+
+
+def test_a_second_newcomer_counts_on_no_more_than_the_first() -> None:
+    walk, tokens = Walk(16), prompt(40)
+    expect(walk, 25)
+    walk.start(make_request(tokens, 9))  # 5 blocks, 1 more within 8 steps
+    sharing = make_request(tokens + prompt(1), 81)
+    assert walk.fits(sharing)
+    walk.start(sharing)  # 1 of its own, 3 more within 24 steps
+    late = make_request(prompt(40), 81)  # 5, and 3 more when the second ends
+    assert walk.blocks.num_available == 10
+    in_the_same_step = walk.shortage(late)
+    walk.admission.begin_step()
+    assert in_the_same_step == walk.shortage(late) == 1
+
+
+# What a newcomer shares with one other is not given back when that one ends. It is not needed before, either.
+def test_sharing_a_long_prompt_needs_no_room_for_it() -> None:
+    walk, tokens = Walk(20), prompt(80)
+    expect(walk, 9)
+    walk.start(make_request(tokens, 81))  # 10 blocks, likely 2 more
+    assert walk.blocks.num_available == 10
+    assert walk.fits(make_request(tokens + prompt(1), 80)), "1 block and likely 2 more"
 
 
 def test_check_sees_promises_that_were_lost() -> None:

@@ -107,7 +107,7 @@ def test_others_wait_only_where_that_is_asked_for_and_of_use() -> None:
     assert ahead(make_request(PROMPT, prompt_logprobs=1), 0, [other]) is None
     assert ahead(make_request(PROMPT, pooling="mean"), 0, [other]) is None
     assert ahead(make_request(PROMPT, pooling="last"), 0, [other]) == Ahead(other, 16)
-    assert ahead(make_request(PROMPT), 19, [other]) is None, "one token is left"
+    assert ahead(make_request(PROMPT[:16]), 15, [other]) is None, "one token is left, which is computed in any case"
     assert ahead(make_request(PROMPT[:7]), 0, [other]) is None, "less than a block is not shared"
 
 

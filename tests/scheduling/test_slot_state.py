@@ -7,7 +7,13 @@ from typing import Any
 import pytest
 
 from minivllm.batch import SlotExtras, SlotParams, TokenLogprobs
-from minivllm.scheduling.slot_state import num_logprobs, slot_extras, slot_params, wants_prompt_logprobs
+from minivllm.scheduling.slot_state import (
+    num_logprobs,
+    num_prompt_logprobs,
+    slot_extras,
+    slot_params,
+    wants_prompt_logprobs,
+)
 from tests.scheduling import make_request
 
 PROMPT = [5, 6, 7]
@@ -93,3 +99,11 @@ def test_prompt_logprobs_are_wanted_until_all_are_known() -> None:
         assert wants_prompt_logprobs(request) is (known < 2), "the first token of a prompt has none"
     assert not wants_prompt_logprobs(make_request(PROMPT))
     assert not wants_prompt_logprobs(make_request([1], prompt_logprobs=5))
+
+
+def test_one_sample_tells_the_prompt_logprobs_for_all() -> None:
+    leader = make_request(PROMPT, prompt_logprobs=5, n=2)
+    sample = make_request(PROMPT, prompt_logprobs=5, n=2, leader=leader, index=1)
+    assert (num_prompt_logprobs(leader), num_prompt_logprobs(sample)) == (5, None)
+    assert not wants_prompt_logprobs(sample)
+    assert slot_extras(sample, 0) is None
