@@ -83,7 +83,7 @@ class LLMEngine:
         cache_salt: str | None = None,
         pooling: str | None = None,
     ) -> None:
-        """Raise what `add_request` would raise for these arguments, a full queue apart; nothing is added."""
+        """Raise what `add_request` would raise for these arguments in an idle engine; nothing is added."""
         self._require_alive()
         leader = self._make_request(request_id, prompt_token_ids, params, priority, cache_salt, pooling)
         self.scheduler.limits.most_tokens(request_id, len(leader.prompt_token_ids), leader.max_tokens)

@@ -318,3 +318,12 @@ class World:
         times = [request.arrival_time, request.first_token_time, request.finish_time]
         known = [time for time in times if time is not None]
         assert known == sorted(known)
+
+
+def calm(world: World, length: int, max_tokens: int, **options: Any) -> Request:
+    """A request that no odd token ends before max_tokens."""
+    prompt = options.pop("prompt", None) or [1000 + world.num_requests] * length
+    request = world.make(length, max_tokens, prompt=list(prompt), **options)
+    keys = range(100_000 * world.num_requests, 100_000 * (world.num_requests + 1), 10)
+    request.seed = next(key for key in keys if -1 not in [drawn(key, index) for index in range(max_tokens)])
+    return world.add_made(request)

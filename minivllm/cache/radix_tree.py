@@ -130,9 +130,9 @@ class RadixTree:
             return
         if not node.pins and not node.children:
             self._leaves.push(node, node.last_used)
-        parent = node.parent
-        self._try_merge(node)
-        self._try_merge(parent)
+        # All of the path was used just now: what no pin keeps apart becomes one edge.
+        for above in list(_upwards(node))[1:]:
+            self._try_merge(above)
 
     def insert(self, node: RadixNode, key: bytes, blocks: list[int]) -> tuple[RadixNode, int]:
         """Move the pin from `node`, which ends a prefix of `key`, to the end of all of `blocks`, one for each block of

@@ -46,3 +46,17 @@ class Check:
         if word.isdigit():
             return size == int(word)
         return self.sizes.setdefault(word, size) == size
+
+
+def check_ids(check: Check, name: str, ids: torch.Tensor, size: int, *, lowest: int | None = 0) -> None:
+    """Each of ids: [n] int64 lies in [lowest, size), without a lower bound for None.
+
+    On the CPU alone: to look at ids that lie on a GPU would stall it.
+    """
+    if ids.device.type != "cpu" or not ids.numel():
+        return
+    smallest, largest = int(ids.min()), int(ids.max())
+    if largest >= size:
+        check.fail(f"{name} holds {largest}, expected less than {size}")
+    if lowest is not None and smallest < lowest:
+        check.fail(f"{name} holds {smallest}, expected at least {lowest}")

@@ -9,23 +9,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from minivllm.ops._check import FLOATS, Check
+from minivllm.ops._check import FLOATS, Check, check_ids
 from minivllm.ops._register import define
 from minivllm.ops.store_kv import check_cache
-
-
-def check_ids(check: Check, name: str, ids: Tensor, size: int, *, lowest: int | None = 0) -> None:
-    """Each of ids: [n] int64 lies in [lowest, size), without a lower bound for None.
-
-    On the CPU alone: to look at ids that lie on a GPU would stall it.
-    """
-    if ids.device.type != "cpu" or not ids.numel():
-        return
-    smallest, largest = int(ids.min()), int(ids.max())
-    if largest >= size:
-        check.fail(f"{name} holds {largest}, expected less than {size}")
-    if lowest is not None and smallest < lowest:
-        check.fail(f"{name} holds {smallest}, expected at least {lowest}")
 
 
 def _check_copy(k_cache: Tensor, v_cache: Tensor, sources: Tensor, targets: Tensor) -> Check:

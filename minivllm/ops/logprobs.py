@@ -9,9 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from minivllm.ops._check import FLOATS, Check
+from minivllm.ops._check import FLOATS, Check, check_ids
 from minivllm.ops._register import define
-from minivllm.ops.copy_blocks import check_ids
 
 _LARGEST = torch.finfo(torch.float32).max
 Four = tuple[Tensor, Tensor, Tensor, Tensor]

@@ -10,9 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from minivllm.ops._check import FLOATS, Check
+from minivllm.ops._check import FLOATS, Check, check_ids
 from minivllm.ops._register import define
-from minivllm.ops.copy_blocks import check_ids
 
 
 def _check_apply(

@@ -370,3 +370,18 @@ def test_check_sees_pins_that_are_not_there() -> None:
             tree.check(pins)
     with pytest.raises(AssertionError, match="not in the tree"):
         tree.check([pin, RadixNode(None, b"", [], 0, None)])
+
+
+def test_a_chain_of_edges_becomes_one_when_its_last_user_leaves() -> None:
+    tree, tokens = RadixTree(8), list(range(40))
+    key = token_key(tokens)
+    node, _ = tree.insert(tree.pin(None, 0, None), key, [0, 1, 2, 3, 4])
+    users = [tree.pin(node, count, None) for count in (1, 2, 3, 4)]  # cuts the edge at every border
+    for user in users:
+        tree.unpin(user)
+    tree.check([node])
+    tree.unpin(node)
+    tree.check([])
+    [root] = tree._roots.values()
+    [edge] = root.children.values()
+    assert (edge.blocks, edge.children) == ([0, 1, 2, 3, 4], {})
