@@ -1,0 +1,572 @@
+// Decode attention over the paged cache: split-KV ("Flash-Decoding", Dao et al. 2023) with the query heads of a group packed into one
+// tile. Each thread block of four warps works through its piece of a plan (attention/plan.h). The warps take turns at tiles of 16
+// keys, each with a pipeline of its own in shared memory, so nothing but the end of a chunk makes them wait for each other; loads
+// run ahead into the next row. Scores are computed transposed, keys x columns: with up to 8 columns (query heads of the group, times
+// queries) that halves the tensor-core work of padding them to 16 rows.
+// Floor: bytes of the keys and values read / bandwidth.
+#include <cuda_runtime.h>
+
+#include "attention/decode.h"
+#include "common/mma.cuh"
+#include "common/vec.cuh"
+
+namespace minivllm::attention {
+namespace {
+
+constexpr float kLog2e = 1.44269504088896341f;
+constexpr int kMostStages = 4;
+constexpr float kLn2 = 0.693147180559945309f;
+
+// HeadDim: padded; Columns: of a tile, 8 or 16.
+template <typename T_, int HeadDim_, int Columns_>
+struct Config {
+  using T = T_;
+  static constexpr int kHeadDim = HeadDim_, kColumns = Columns_;
+  static constexpr int kColumnTiles = kColumns / 8, kSteps = kHeadDim / 16, kRowChunks = kHeadDim / 8;
+  static constexpr int kTileBytes = kTileKeys * kHeadDim * 2;  // of keys, and as much of values
+  static constexpr int kRowFloats = kHeadDim + 4;  // padded: columns 2t of a quad fall into different banks
+  // For merging the warps' states: sums and maxima [warp][column], then the rows [warp][column][kRowFloats]. Two of them, used in
+  // turn, spare a barrier; of many columns they would take the place of the pipeline.
+  static __host__ __device__ int merge_floats(int columns) { return kDecodeWarps * columns * (2 + kRowFloats); }
+  static __host__ __device__ int merge_buffers(int columns) { return columns <= 4 ? 2 : 1; }
+  // Tiles of a warp that are in shared memory or on their way: `stages`.
+  static __host__ __device__ int pipeline_bytes(int stages) { return kDecodeWarps * stages * 2 * kTileBytes; }
+  static int shared_bytes(int columns, int stages) { return pipeline_bytes(stages) + merge_buffers(columns) * merge_floats(columns) * 4; }
+};
+
+// A run of chunks of one row and head. slot < 0: all of them.
+struct Item {
+  PlanRow row;
+  int row_index, head, first_chunk, end_chunk, slot;
+
+  __device__ __forceinline__ int begin() const { return row.begin + first_chunk * row.chunk_size; }
+  __device__ __forceinline__ int end() const { return min(row.begin + end_chunk * row.chunk_size, row.keys); }
+};
+
+// The keys of one item as one warp walks them: tiles at pos, pos + 64, ... of the head that begins at `head` in every block.
+struct Walk {
+  const int32_t* table;
+  int64_t head;
+  int pos, end;
+};
+
+// A call with the numbers derived from its shape.
+struct Problem : DecodeCall {
+  int heads, column_groups, columns, num_heads, stages, most_chunks;
+  int64_t arrivals, pieces, rows, stats, partials;
+
+  Problem(const DecodeCall& call, int stages_)
+      : DecodeCall(call), heads(shape.heads()), column_groups(shape.column_groups()), columns(shape.columns_per_group()),
+        num_heads(shape.num_kv_heads * shape.group), stages(stages_),
+        most_chunks(shape.most_chunks()), arrivals(shape.arrivals()), pieces(shape.pieces()), rows(shape.rows()),
+        stats(shape.stats()), partials(shape.partials()) {}
+};
+
+// An unnormalised softmax state of a column: the sum of p, and the maximum that p is relative to (base 2).
+struct State {
+  float l, m;
+};
+
+__device__ __forceinline__ float part(float m, float top) { return m == -INFINITY ? 0.0f : exp2_fast(m - top); }
+
+__device__ __forceinline__ float4 scaled_sum(float4 a, float x, float4 b, float y) {
+  return {__fmaf_rn(a.x, x, __fmul_rn(b.x, y)), __fmaf_rn(a.y, x, __fmul_rn(b.y, y)), __fmaf_rn(a.z, x, __fmul_rn(b.z, y)),
+          __fmaf_rn(a.w, x, __fmul_rn(b.w, y))};
+}
+
+// Four elements of the output, sums of p v, with the state of their column. Used for merging chunks in registers and from memory
+// alike, so that both give the same bits.
+__device__ __forceinline__ void merge(State& into, float4& o, State other, float4 other_o) {
+  const float top = fmaxf(into.m, other.m), old_part = part(into.m, top), new_part = part(other.m, top);
+  o = scaled_sum(o, old_part, other_o, new_part);
+  into = {__fmaf_rn(into.l, old_part, __fmul_rn(other.l, new_part)), top};
+}
+
+template <typename C>
+class Decoder {
+  using T = typename C::T;
+  static constexpr int D = C::kHeadDim, NT = C::kColumnTiles;
+  static constexpr int kQuads = D / 4;  // of a column; a thread merges kGroups of all columns' quads
+  static constexpr int kGroups = kQuads * C::kColumns / kDecodeThreads;
+  static constexpr int kAtOnce = 16;  // states that are loaded before the first is merged
+
+ public:
+  __device__ Decoder(const Problem& call, char* shared)
+      : call_(call), warp_(threadIdx.x / 32), lane_(threadIdx.x % 32), g_(lane_ / 4), t_(lane_ % 4) {
+    columns_ = call.columns;
+    merge_ = reinterpret_cast<float*>(shared + C::pipeline_bytes(call.stages));
+    pipeline_ = shared_address(shared) + warp_ * (call.stages * 2 * C::kTileBytes);
+    scale_ = call.scale * kLog2e;
+  }
+
+  __device__ __forceinline__ void run() {
+    const auto* pieces = reinterpret_cast<const PlanPiece*>(call_.plan + call_.pieces) + blockIdx.x;
+    const PlanPiece from = pieces[0];
+    to_ = pieces[1];
+    if (done(from.row, from.head, from.chunk)) return;
+    Item item = make_item(from.first, from.row, from.head, from.chunk, from.slot);
+    load_ = walk_of(item);
+    find_blocks();
+    PlanRow next_row = row_at(from.row + 1);
+    while (true) {
+      const bool more = !done_after(item);
+      // Known before it is needed, so that loading can run on into it.
+      next_load_ = more ? walk_of(item_after(item, next_row)) : Walk{};
+      fill_pipeline();
+      process(item);
+      if (!more) break;
+      if (!hopped_) hop();
+      hopped_ = false;
+      const int row = item.row_index;
+      item = item_after(item, next_row);
+      if (item.row_index != row) next_row = row_at(item.row_index + 1);
+    }
+  }
+
+ private:
+  const Problem& call_;
+  PlanPiece to_;
+  const int warp_, lane_, g_, t_;
+  int columns_;
+  float* merge_;
+  uint32_t pipeline_;
+  float scale_;
+  // Loading runs up to stages - 1 tiles ahead of computing, perhaps into the next item.
+  Walk load_, next_load_;
+  bool hopped_ = false;  // load_ is in the next item already
+  int load_stage_ = 0, stage_ = 0, pending_ = 0;  // pending: tiles loaded or on their way that are not computed yet
+  int merge_buffer_ = 0;
+  int32_t blocks_[2];  // of rows 0-7 and 8-15 of the tile to load
+
+  __device__ __forceinline__ PlanRow row_at(int index) const {
+    return reinterpret_cast<const PlanRow*>(call_.plan + call_.rows)[min(index, call_.shape.num_seqs - 1)];
+  }
+
+  __device__ __forceinline__ bool done(int row, int head, int chunk) const {
+    return row > to_.row || (row == to_.row && (head > to_.head || (head == to_.head && chunk >= to_.chunk)));
+  }
+
+  __device__ __forceinline__ Item make_item(const PlanRow& row, int row_index, int head, int chunk, int slot) const {
+    const bool cut = row_index == to_.row && head == to_.head;
+    Item item{row, row_index, head, chunk, cut ? to_.chunk : row.num_chunks, -1};
+    if (chunk > 0) item.slot = slot;
+    else if (cut) item.slot = to_.slot;
+    return item;
+  }
+
+  __device__ __forceinline__ bool done_after(const Item& item) const {
+    const bool same_row = item.head + 1 < call_.heads;
+    return done(same_row ? item.row_index : item.row_index + 1, same_row ? item.head + 1 : 0, 0);
+  }
+
+  __device__ __forceinline__ Item item_after(const Item& item, const PlanRow& next) const {
+    const bool same = item.head + 1 < call_.heads;
+    const PlanRow& now = item.row;
+    const PlanRow row{same ? now.seq : next.seq,           same ? now.first_query : next.first_query,
+                      same ? now.num_queries : next.num_queries, same ? now.keys : next.keys,
+                      same ? now.begin : next.begin,       same ? now.chunk_size : next.chunk_size,
+                      same ? now.num_chunks : next.num_chunks, 0};
+    return make_item(row, same ? item.row_index : item.row_index + 1, same ? item.head + 1 : 0, 0, -1);
+  }
+
+  __device__ __forceinline__ Walk walk_of(const Item& item) const {
+    const int64_t kv_head = item.head / call_.column_groups;
+    return {call_.block_tables + item.row.seq * call_.table_stride, (kv_head << call_.block_shift) * call_.shape.head_dim,
+            item.begin() + warp_ * kTileKeys, item.end()};
+  }
+
+  __device__ __forceinline__ void hop() {
+    load_ = next_load_, hopped_ = true;
+    find_blocks();
+  }
+
+  // Known one tile before they are needed.
+  __device__ __forceinline__ void find_blocks() {
+    if (load_.pos >= load_.end) return;
+    blocks_[0] = load_.table[load_.pos >> call_.block_shift];
+    blocks_[1] = load_.table[min(load_.pos + 8, load_.end - 1) >> call_.block_shift];
+  }
+
+  __device__ __forceinline__ void fill_pipeline() {
+    for (int s = pending_; s < call_.stages - 1; ++s) load_tile();
+  }
+
+  // Starts the loads of one tile, if there is one: a group of keys and a group of values.
+  __device__ __forceinline__ void load_tile() {
+    if (load_.pos >= load_.end && !hopped_ && next_load_.table != nullptr) hop();
+    if (load_.pos >= load_.end) return;
+    const uint32_t keys = pipeline_ + load_stage_ * (2 * C::kTileBytes);
+    load_rows(keys, call_.k_cache, call_.k_block_stride);
+    copy_async_commit();
+    load_rows(keys + C::kTileBytes, call_.v_cache, call_.v_block_stride);
+    copy_async_commit();
+    load_stage_ = load_stage_ + 1 == call_.stages ? 0 : load_stage_ + 1;
+    ++pending_;
+    load_.pos += kDecodeWarps * kTileKeys;
+    find_blocks();
+  }
+
+  // Waits until at most n of the groups of this warp are under way; a few too many waits for short pipelines do no harm.
+  __device__ __forceinline__ static void wait_groups(int n) {
+    if (n >= 6) copy_async_wait<6>();
+    else if (n == 5) copy_async_wait<5>();
+    else if (n == 4) copy_async_wait<4>();
+    else if (n == 3) copy_async_wait<3>();
+    else if (n == 2) copy_async_wait<2>();
+    else if (n == 1) copy_async_wait<1>();
+    else copy_async_wait<0>();
+  }
+
+  // 16 rows of the cache; rows beyond the end and elements beyond head_dim become zeros, without being read.
+  __device__ __forceinline__ void load_rows(uint32_t target, const void* cache, int64_t block_stride) const {
+    const int head_dim = call_.shape.head_dim, block_size = 1 << call_.block_shift;
+    const auto* base = static_cast<const T*>(cache) + load_.head;
+#pragma unroll
+    for (int i = 0; i < kTileKeys * C::kRowChunks / 32; ++i) {
+      const int index = i * 32 + lane_, row = index / C::kRowChunks, chunk = index % C::kRowChunks;
+      const int key = load_.pos + row;
+      const bool valid = key < load_.end && chunk * 8 < head_dim;
+      const int32_t block = blocks_[row / 8];
+      const T* source = base + block * block_stride + (key & (block_size - 1)) * head_dim + chunk * 8;
+      copy_async(target + (row * C::kRowChunks + (chunk ^ (row & 7))) * 16, valid ? source : base, valid);
+    }
+  }
+
+  __device__ __forceinline__ void process(const Item& item) {
+    const PlanRow& row = item.row;
+    const int kv_head = item.head / call_.column_groups, column0 = item.head % call_.column_groups * C::kColumns;
+    uint32_t q[NT][C::kSteps][2];
+    load_queries(row, kv_head, column0, q);
+    // Column c is query c / group of the sequence; it sees the keys [lowest, limit).
+    int limit[NT][2], lowest[NT][2];
+#pragma unroll
+    for (int n = 0; n < NT; ++n)
+#pragma unroll
+      for (int j = 0; j < 2; ++j) {
+        const int query = min((column0 + n * 8 + 2 * t_ + j) / call_.shape.group, row.num_queries - 1);
+        limit[n][j] = row.keys - row.num_queries + query + 1;
+        lowest[n][j] = call_.window > 0 ? limit[n][j] - call_.window : 0;
+      }
+    const int first_limit = row.keys - row.num_queries + 1;
+    const int last_lowest = call_.window > 0 ? row.keys - call_.window : 0;
+
+    float4 outputs[kGroups] = {};
+    State states[kGroups];
+#pragma unroll
+    for (int k = 0; k < kGroups; ++k) states[k] = {0.0f, -INFINITY};
+    for (int chunk = item.first_chunk, pos = item.begin() + warp_ * kTileKeys; chunk < item.end_chunk; ++chunk) {
+      const int end = min(row.begin + (chunk + 1) * row.chunk_size, row.keys);
+      float o[NT][C::kSteps][4] = {}, m[NT][2], l[NT][2] = {};
+#pragma unroll
+      for (int n = 0; n < NT; ++n) m[n][0] = m[n][1] = -INFINITY;
+      for (; pos < end; pos += kDecodeWarps * kTileKeys) {
+        const bool masked = pos + kTileKeys > min(first_limit, end) || pos < last_lowest;
+        tile(q, o, m, l, pos, masked, limit, lowest, end);
+      }
+      put_state(o, m, l);
+      __syncthreads();
+      merge_warps(outputs, states);
+      if (C::merge_buffers(columns_) == 1) __syncthreads();
+      else merge_buffer_ ^= 1;  // the other warps may still read this one
+      if (item.slot >= 0) leave(item, chunk, outputs, states);
+    }
+    if (item.slot < 0) {
+#pragma unroll
+      for (int k = 0; k < kGroups; ++k) write(row, kv_head, column0, k, outputs[k], states[k]);
+    } else if (is_last(item)) {
+      gather(item, kv_head, column0);
+    }
+  }
+
+  __device__ __forceinline__ void load_queries(const PlanRow& row, int kv_head, int column0, uint32_t (&q)[NT][C::kSteps][2]) const {
+    const int group = call_.shape.group, total = row.num_queries * group;
+#pragma unroll
+    for (int n = 0; n < NT; ++n) {
+      const int column = column0 + n * 8 + g_;
+      const auto* source = static_cast<const T*>(call_.q) + (row.first_query + column / group) * call_.q_token_stride +
+                        (kv_head * group + column % group) * call_.q_head_stride;
+#pragma unroll
+      for (int s = 0; s < C::kSteps; ++s)
+#pragma unroll
+        for (int j = 0; j < 2; ++j) {
+          const int d = s * 16 + j * 8 + 2 * t_;
+          q[n][s][j] = column < total && d < call_.shape.head_dim ? *reinterpret_cast<const uint32_t*>(source + d) : 0;
+        }
+    }
+  }
+
+  // Scores of 16 keys, online softmax (Milakov and Gimelshein 2018, arXiv:1805.02867), and their values added to o.
+  __device__ __forceinline__ void tile(const uint32_t (&q)[NT][C::kSteps][2], float (&o)[NT][C::kSteps][4], float (&m)[NT][2],
+                                       float (&l)[NT][2], int pos, bool masked, const int (&limit)[NT][2],
+                                       const int (&lowest)[NT][2], int end) {
+    const uint32_t keys = pipeline_ + stage_ * (2 * C::kTileBytes), values = keys + C::kTileBytes;
+    stage_ = stage_ + 1 == call_.stages ? 0 : stage_ + 1;
+    wait_groups(2 * pending_ - 1);
+    __syncwarp();  // all lanes' copies are here, and all lanes have left the stage that is loaded next
+    load_tile();
+
+    float s[NT][4] = {};
+    const int row = lane_ % 8 + (lane_ / 8 % 2) * 8;
+#pragma unroll
+    for (int k = 0; k < C::kSteps; ++k) {
+      uint32_t a[4];
+      load_matrices(a, keys + (row * C::kRowChunks + ((2 * k + lane_ / 16) ^ (row & 7))) * 16);
+#pragma unroll
+      for (int n = 0; n < NT; ++n) multiply_add<T>(s[n], a, q[n][k][0], q[n][k][1]);
+    }
+
+    uint32_t p[NT][2];
+    bool grown = false;
+    float old_part[NT][2];
+#pragma unroll
+    for (int n = 0; n < NT; ++n) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        float x = s[n][i] * scale_;
+        if (call_.softcap > 0.0f) x = kLog2e * call_.softcap * tanhf(s[n][i] * call_.scale / call_.softcap);
+        const int key = pos + g_ + (i / 2) * 8;
+        if (masked && (key >= min(limit[n][i % 2], end) || key < lowest[n][i % 2])) x = -INFINITY;
+        s[n][i] = x;
+      }
+#pragma unroll
+      for (int j = 0; j < 2; ++j) {
+        float top = fmaxf(s[n][j], s[n][j + 2]);
+#pragma unroll
+        for (int d = 4; d < 32; d *= 2) top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, d));
+        top = fmaxf(top, m[n][j]);
+        grown |= top > m[n][j];
+        const float base = top == -INFINITY ? 0.0f : top;
+        old_part[n][j] = exp2_fast(m[n][j] - base);
+        m[n][j] = top;
+        s[n][j] = exp2_fast(s[n][j] - base);
+        s[n][j + 2] = exp2_fast(s[n][j + 2] - base);
+        l[n][j] = l[n][j] * old_part[n][j] + (s[n][j] + s[n][j + 2]);
+      }
+      p[n][0] = transpose_matrix(pack_pair<T>(s[n][0], s[n][1]));
+      p[n][1] = transpose_matrix(pack_pair<T>(s[n][2], s[n][3]));
+    }
+    if (__any_sync(0xffffffffu, grown)) {
+#pragma unroll
+      for (int n = 0; n < NT; ++n)
+#pragma unroll
+        for (int k = 0; k < C::kSteps; ++k)
+#pragma unroll
+          for (int i = 0; i < 4; ++i) o[n][k][i] *= old_part[n][i % 2];
+    }
+
+    wait_groups(2 * --pending_);
+    __syncwarp();
+    const int key_row = lane_ % 8 + (lane_ / 16) * 8;
+#pragma unroll
+    for (int k = 0; k < C::kSteps; ++k) {
+      uint32_t a[4];
+      load_matrices_transposed(a, values + (key_row * C::kRowChunks + ((2 * k + lane_ / 8 % 2) ^ (key_row & 7))) * 16);
+#pragma unroll
+      for (int n = 0; n < NT; ++n) multiply_add<T>(o[n][k], a, p[n][0], p[n][1]);
+    }
+  }
+
+  __device__ __forceinline__ void put_state(const float (&o)[NT][C::kSteps][4], const float (&m)[NT][2],
+                            const float (&l)[NT][2]) const {
+    float* shared = merge_ + merge_buffer_ * C::merge_floats(columns_);
+    auto* states = reinterpret_cast<State*>(shared) + warp_ * columns_;
+    float* rows = shared + kDecodeWarps * columns_ * 2 + warp_ * columns_ * C::kRowFloats;
+#pragma unroll
+    for (int n = 0; n < NT; ++n)
+#pragma unroll
+      for (int j = 0; j < 2; ++j) {
+        const int column = n * 8 + 2 * t_ + j;
+        float sum = l[n][j];
+#pragma unroll
+        for (int d = 4; d < 32; d *= 2) sum += __shfl_xor_sync(0xffffffffu, sum, d);
+        if (column >= columns_) continue;
+        if (g_ == 0) states[column] = {sum, m[n][j]};
+        float* row = rows + column * C::kRowFloats + g_;
+#pragma unroll
+        for (int k = 0; k < C::kSteps; ++k) row[k * 16] = o[n][k][j], row[k * 16 + 8] = o[n][k][j + 2];
+      }
+  }
+
+  // Group k of this thread: a quad of elements of a column.
+  __device__ __forceinline__ static int column_of(int k) { return (k * kDecodeThreads + threadIdx.x) / kQuads; }
+  __device__ __forceinline__ static int element_of() { return threadIdx.x % kQuads * 4; }
+
+  // Merges the four warps' states, and that into the state of the row, or in its place for a split row.
+  __device__ __forceinline__ void merge_warps(float4 (&outputs)[kGroups], State (&row)[kGroups]) const {
+    const float* shared = merge_ + merge_buffer_ * C::merge_floats(columns_);
+    const float* rows = shared + kDecodeWarps * columns_ * 2;
+#pragma unroll
+    for (int k = 0; k < kGroups; ++k) {
+      const int column = column_of(k);
+      if (column >= columns_) continue;
+      State warps[kDecodeWarps], chunk{0.0f, -INFINITY};
+#pragma unroll
+      for (int w = 0; w < kDecodeWarps; ++w) {
+        warps[w] = reinterpret_cast<const State*>(shared)[w * columns_ + column];
+        chunk.m = fmaxf(chunk.m, warps[w].m);
+      }
+      float4 o{};
+#pragma unroll
+      for (int w = 0; w < kDecodeWarps; ++w) {
+        const float factor = part(warps[w].m, chunk.m);
+        const auto* quad = reinterpret_cast<const float4*>(rows + (w * columns_ + column) * C::kRowFloats + element_of());
+        o = scaled_sum(*quad, factor, o, 1.0f);
+        chunk.l = __fmaf_rn(warps[w].l, factor, chunk.l);
+      }
+      merge(row[k], outputs[k], chunk, o);
+    }
+  }
+
+  __device__ __forceinline__ void write(const PlanRow& row, int kv_head, int column0, int k, float4 o, State state) const {
+    const int group = call_.shape.group, head_dim = call_.shape.head_dim, column = column0 + column_of(k), d = element_of();
+    if (column_of(k) >= columns_ || column >= row.num_queries * group || d >= head_dim) return;
+    const int64_t at = int64_t{row.first_query + column / group} * call_.num_heads + kv_head * group + column % group;
+    const float inverse = state.l == 0.0f ? 0.0f : 1.0f / state.l;
+    *reinterpret_cast<uint2*>(static_cast<T*>(call_.out) + at * head_dim + d) =
+        make_uint2(pack_pair<T>(o.x * inverse, o.y * inverse), pack_pair<T>(o.z * inverse, o.w * inverse));
+    if (d == 0 && call_.lse != nullptr) call_.lse[at] = state.m == -INFINITY ? -INFINITY : state.m * kLn2 + logf(state.l);
+  }
+
+  // Where the state of a chunk of a cut row lies.
+  __device__ __forceinline__ int64_t state_index(const Item& item, int chunk, int column) const {
+    return (int64_t{item.slot} * call_.most_chunks + chunk) * columns_ + column;
+  }
+
+  // Leaves a chunk's state in memory and begins anew.
+  __device__ __forceinline__ void leave(const Item& item, int chunk, float4 (&outputs)[kGroups], State (&states)[kGroups]) const {
+    const int head_dim = call_.shape.head_dim, d = element_of();
+#pragma unroll
+    for (int k = 0; k < kGroups; ++k) {
+      if (column_of(k) < columns_ && d < head_dim) {
+        const int64_t at = state_index(item, chunk, column_of(k));
+        __stcg(reinterpret_cast<float4*>(call_.plan + call_.partials + at * head_dim + d), outputs[k]);
+        if (d == 0) __stcg(reinterpret_cast<float2*>(call_.plan + call_.stats) + at, make_float2(states[k].l, states[k].m));
+      }
+      outputs[k] = {}, states[k] = {0.0f, -INFINITY};
+    }
+  }
+
+  // Counts the chunks of a cut row that are in memory; true for the thread block that completes them.
+  __device__ __forceinline__ bool is_last(const Item& item) const {
+    __shared__ bool last;
+    __syncthreads();
+    if (threadIdx.x == 0) {
+      __threadfence();
+      int32_t* arrivals = call_.plan + call_.arrivals + item.slot;
+      const int mine = item.end_chunk - item.first_chunk;
+      last = atomicAdd(arrivals, mine) + mine == item.row.num_chunks;
+      if (last) *arrivals = 0;  // ready for the next layer
+      __threadfence();
+    }
+    __syncthreads();
+    return last;
+  }
+
+  // Merges the states of a cut row, in order.
+  __device__ __forceinline__ void gather(const Item& item, int kv_head, int column0) const {
+    const int head_dim = call_.shape.head_dim, d = element_of();
+    for (int k = 0; k < kGroups; ++k) {
+      if (column_of(k) >= columns_ || d >= head_dim) continue;
+      State total{0.0f, -INFINITY};
+      float4 o{};
+      const int64_t first = state_index(item, 0, column_of(k));
+      const auto* states = reinterpret_cast<const float2*>(call_.plan + call_.stats) + first;
+      const float* partials = reinterpret_cast<const float*>(call_.plan + call_.partials) + first * head_dim + d;
+      for (int left = item.row.num_chunks; left > 0; left -= kAtOnce) {
+        float2 state[kAtOnce];
+        float4 partial[kAtOnce];
+#pragma unroll
+        for (int i = 0; i < kAtOnce; ++i) {
+          const int c = min(i, left - 1);  // what is read twice is not merged twice
+          state[i] = __ldcg(states + c * columns_);
+          partial[i] = __ldcg(reinterpret_cast<const float4*>(partials + c * columns_ * head_dim));
+        }
+#pragma unroll
+        for (int i = 0; i < kAtOnce; ++i)
+          if (i < left) merge(total, o, {state[i].x, state[i].y}, partial[i]);
+        states += kAtOnce * columns_, partials += kAtOnce * columns_ * head_dim;
+      }
+      write(item.row, kv_head, column0, k, o, total);
+    }
+  }
+};
+
+template <typename C>
+__global__ void __launch_bounds__(kDecodeThreads) decode_kernel(const __grid_constant__ Problem call) {
+  extern __shared__ __align__(128) char shared[];
+  Decoder<C>(call, shared).run();
+}
+
+struct Device {
+  int sms = 0, shared_per_sm = 0, shared_per_block = 0;
+};
+
+Device current_device() {
+  Device device;
+  int index = 0;
+  cudaGetDevice(&index);
+  cudaDeviceGetAttribute(&device.sms, cudaDevAttrMultiProcessorCount, index);
+  cudaDeviceGetAttribute(&device.shared_per_sm, cudaDevAttrMaxSharedMemoryPerMultiprocessor, index);
+  cudaDeviceGetAttribute(&device.shared_per_block, cudaDevAttrMaxSharedMemoryPerBlockOptin, index);
+  return device;
+}
+
+struct Grid {
+  int stages, ctas;
+};
+
+// The deepest pipeline with two thread blocks an SM, else with one; no thread blocks where nothing fits.
+template <typename C>
+Grid grid_of(int columns) {
+  const Device device = current_device();
+  constexpr int kReserved = 1024;  // what the driver takes of each block
+  for (int blocks = 2; blocks > 0; --blocks)
+    for (int stages = kMostStages; stages >= 2; --stages) {
+      const int bytes = C::shared_bytes(columns, stages);
+      if (bytes <= device.shared_per_block && blocks * (bytes + kReserved) <= device.shared_per_sm)
+        return {stages, blocks * device.sms};
+    }
+  return {0, 0};
+}
+
+// Calls f with the configuration for a shape.
+template <typename T, typename F>
+auto with_config(const DecodeShape& shape, const F& f) {
+  const bool wide = shape.tile_columns() == 16;
+  if (shape.head_dim <= 64) return wide ? f(Config<T, 64, 16>{}) : f(Config<T, 64, 8>{});
+  if (shape.head_dim <= 128) return wide ? f(Config<T, 128, 16>{}) : f(Config<T, 128, 8>{});
+  return f(Config<T, 256, 8>{});
+}
+
+template <typename C>
+const char* launch(const DecodeCall& call, cudaStream_t stream) {
+  const int columns = call.shape.columns_per_group(), stages = grid_of<C>(columns).stages;
+  const int bytes = C::shared_bytes(columns, stages);
+  const cudaError_t error = cudaFuncSetAttribute(decode_kernel<C>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+  if (error != cudaSuccess) return cudaGetErrorString(error);
+  decode_kernel<C><<<call.shape.num_ctas, kDecodeThreads, bytes, stream>>>(Problem(call, stages));
+  return launch_error();
+}
+
+bool aligned(const void* pointer, int64_t bytes) { return reinterpret_cast<uintptr_t>(pointer) % bytes == 0; }
+
+}  // namespace
+
+bool can_decode(const DecodeCall& call, DtypeCode dtype) {
+  const bool q_pairs = aligned(call.q, 4) && call.q_token_stride % 2 == 0 && call.q_head_stride % 2 == 0;
+  return dtype != DtypeCode::kFloat32 && call.shape.head_dim % 8 == 0 && call.shape.head_dim <= 256 && q_pairs &&
+         aligned(call.k_cache, 16) && aligned(call.v_cache, 16) && call.k_block_stride % 8 == 0 &&
+         call.v_block_stride % 8 == 0 && call.shape.num_ctas > 0;
+}
+
+int decode_grid(const DecodeShape& shape) {
+  return with_config<__half>(shape, [&](auto config) { return grid_of<decltype(config)>(shape.columns_per_group()).ctas; });
+}
+
+const char* launch_decode(const DecodeCall& call, DtypeCode dtype, void* stream) {
+  const auto s = static_cast<cudaStream_t>(stream);
+  const auto run = [&](auto config) { return launch<decltype(config)>(call, s); };
+  return dtype == DtypeCode::kBFloat16 ? with_config<__nv_bfloat16>(call.shape, run) : with_config<__half>(call.shape, run);
+}
+
+}  // namespace minivllm::attention

@@ -1,0 +1,96 @@
+// How decode rows are cut into work items: the layout of the plan that attention/plan.cu writes once a step and attention/decode.cu
+// follows in every layer. Torch-free.
+//
+// A decode row is a sequence with few queries: their (query, head of the group) pairs are the columns of one tensor-core tile. Its
+// keys are cut into chunks whose size follows from the row's own length alone, every chunk gets a softmax state of its own, and the
+// states are merged in order. The chunks of all rows and heads stand in one line, and every thread block takes an equal piece of
+// it ("Stream-K", Osama et al. 2023, arXiv:2301.03598). Of a row and head that lies within one piece the states are merged in
+// registers; of one that is cut they are left in memory, and the last thread block to finish merges them. Both do the same
+// arithmetic, so the bits of a row do not depend on the rows beside it.
+#pragma once
+
+#include <cstdint>
+
+#if defined(__CUDACC__)
+#define MINIVLLM_BOTH __host__ __device__ __forceinline__
+#else
+#define MINIVLLM_BOTH inline
+#endif
+
+namespace minivllm::attention {
+
+constexpr int kDecodeWarps = 4;
+constexpr int kDecodeThreads = 32 * kDecodeWarps;
+constexpr int kTileKeys = 16;        // keys of one warp's step: the rows of an m16n8k16 tile
+constexpr int kDecodeColumns = 16;   // rows of up to so many columns are decoded; a single query always is
+constexpr int kMaxChunks = 64;       // of one row: what the last thread block merges in about two microseconds
+constexpr int kUnit = kDecodeWarps * kTileKeys;  // chunks are multiples of it; work is counted in it
+
+// Keys of a chunk, from the keys of the row. Small enough that one row of 8,192 tokens fills 132 multiprocessors twice, large
+// enough that merging (a barrier each) is lost in the noise and the states of a long row stay few.
+MINIVLLM_BOTH int chunk_keys(int keys) {
+#ifdef SHORT
+  if (keys <= 1024) return SHORT;
+#endif
+  if (keys <= 8192) return 256;
+  if (keys <= 512 * kMaxChunks) return 512;
+  return ((keys + kMaxChunks - 1) / kMaxChunks + kUnit - 1) / kUnit * kUnit;
+}
+
+MINIVLLM_BOTH bool is_decode_row(int num_queries, int group) {
+  return num_queries == 1 || (num_queries > 1 && num_queries * group <= kDecodeColumns);
+}
+
+// Shapes that the plan and the kernel must agree on.
+struct DecodeShape {
+  int num_seqs, max_keys, num_kv_heads, group, head_dim;
+  int max_queries;  // of any sequence of the batch
+  int num_ctas;     // thread blocks of the persistent grid
+
+  int columns() const {  // most columns of a row
+    const int queries = max_queries < 1 ? 1 : max_queries;
+    if (queries == 1) return group;
+    return group > kDecodeColumns ? group : kDecodeColumns / group * group;
+  }
+  // Of 16 columns the sums of more than 128 elements do not fit the registers; then the keys are read once more for the rest.
+  int tile_columns() const { return columns() <= 8 || head_dim > 128 ? 8 : 16; }
+  int column_groups() const { return (columns() + tile_columns() - 1) / tile_columns(); }
+  int columns_per_group() const { return columns() < tile_columns() ? columns() : tile_columns(); }
+  int heads() const { return num_kv_heads * column_groups(); }  // places in the line of a row
+  int most_chunks() const {
+    const int n = (max_keys + 127) / 128;
+    return n < 1 ? 1 : (n > kMaxChunks ? kMaxChunks : n);
+  }
+  int64_t states() const { return int64_t{num_ctas} * most_chunks() * columns_per_group(); }
+
+  // Offsets in words of 4 bytes.
+  static constexpr int64_t kHeader = 16;
+  int64_t arrivals() const { return kHeader; }
+  int64_t pieces() const { return (arrivals() + num_ctas + 3) / 4 * 4; }
+  int64_t rows() const { return pieces() + 12 * (int64_t{num_ctas} + 1); }
+  int64_t line() const { return rows() + 8 * int64_t{num_seqs}; }  // int64: where each row begins
+  int64_t stats() const { return line() + 2 * (int64_t{num_seqs} + 1); }
+  int64_t partials() const { return (stats() + 2 * states() + 3) / 4 * 4; }
+  int64_t words() const { return partials() + states() * head_dim; }
+};
+
+// Header words.
+enum PlanWord : int { kWindow = 0 };
+
+// The keys [begin, keys) of a sequence's cache, in chunks.
+struct alignas(16) PlanRow {
+  int seq, first_query, num_queries, keys;
+  int begin, chunk_size, num_chunks, unused;
+};
+
+// Where a thread block's piece of the line begins; it ends where the next one's begins. slot: where the states of the row and head
+// lie that the beginning cuts (chunk > 0).
+struct alignas(16) PlanPiece {
+  int row, head, chunk, slot;
+  PlanRow first;
+};
+
+const char* launch_plan(const int32_t* seq_lens, const int32_t* cu_seqlens_q, const DecodeShape& shape, int window, int32_t* plan,
+                        void* stream);
+
+}  // namespace minivllm::attention
