@@ -1,4 +1,6 @@
 // paged_attention: argument checks, the CPU kernel's call (attention/cpu_core.h computes), and the border to paged_attention.cu.
+#include "paged_attention.h"
+
 #include "attention/op.h"
 #include "common/kv_cache.h"
 
@@ -74,5 +76,32 @@ Result paged_attention_cpu(const Tensor& q, const Tensor& k_cache, const Tensor&
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(minivllm, CPU, m) { m.impl("paged_attention", TORCH_BOX(&paged_attention_cpu)); }
+
+#ifdef MINIVLLM_CUDA
+namespace {
+
+Result paged_attention_cuda(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache, const Tensor& block_tables,
+                            const Tensor& seq_lens, const Tensor& cu_seqlens_q, int64_t, double scale, int64_t window,
+                            double softcap, bool return_lse) {
+  const Scores scores{scale, true, window, softcap};
+  const Check check = check_paged(q, k_cache, v_cache, block_tables, seq_lens, cu_seqlens_q, scores);
+  const CudaScope scope(q);
+  const Result result = attention::new_result(q, return_lse);
+  attention::Prefill problem = attention::cuda_problem(check, q, scores, result);
+  const attention::Side k = cache_side(k_cache), v = cache_side(v_cache);
+  problem.k = {k.data, k.block_stride, k.head_stride, k.row_stride};
+  problem.v = {v.data, v.block_stride, v.head_stride, v.row_stride};
+  problem.block_shift = log2_of(check["block_size"]);
+  problem.cu_seqlens_q = attention::ints(cu_seqlens_q), problem.seq_lens = attention::ints(seq_lens);
+  problem.block_tables = attention::ints(block_tables), problem.table_stride = block_tables.stride(0);
+  problem.batch = static_cast<int>(seq_lens.size(0));
+  check_launch("paged_attention", launch_paged_attention(problem, scope.stream()));
+  return result;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(minivllm, CUDA, m) { m.impl("paged_attention", TORCH_BOX(&paged_attention_cuda)); }
+#endif
 
 }  // namespace minivllm

@@ -2,8 +2,10 @@
 #pragma once
 
 #include "attention/cpu_core.h"
+#include "attention/prefill.h"
 #include "common/check.h"
 #include "common/cpu.h"
+#include "common/cuda_border.h"
 
 #include <cmath>
 #include <tuple>
@@ -39,13 +41,12 @@ inline void check_scores(const Check& check, const Scores& scores) {
     check.fail("softcap=" + std::to_string(scores.softcap) + ", expected 0 (off) or a positive number");
 }
 
-// cu: [batch + 1] prefix sums that begin with 0, never fall, and end within `total` rows; no step above `longest`. Looks at
-// the values: on the CPU alone.
+// cu: [batch + 1] with batch >= 0, prefix sums that begin with 0, never fall, and end within `total` rows; no step above
+// `longest`. Looks at the values: on the CPU alone.
 inline void check_prefix_sums(const Check& check, const char* name, const Tensor& cu, int64_t total, int64_t longest) {
   const int64_t n = cu.size(0);
   const int32_t* sums = ints(cu);
   const std::string which(name);
-  check.require(n >= 1, "cu_seqlens_" + which + " is empty, expected batch + 1 numbers");
   check.require(sums[0] == 0, "cu_seqlens_" + which + " begins with " + std::to_string(sums[0]) + ", expected 0");
   for (int64_t i = 1; i < n; ++i) {
     const int64_t length = int64_t{sums[i]} - sums[i - 1];
@@ -80,5 +81,22 @@ inline Result run_cpu(const Tensor& q, const Scores& scores, bool return_lse, Ca
   dispatch_float(q.scalar_type(), [&](auto* tag) { run<std::remove_pointer_t<decltype(tag)>>(std::move(call)); });
   return result;
 }
+
+#ifdef MINIVLLM_CUDA
+// What the CUDA kernels must know of all but keys, values and lengths, which the caller fills.
+inline Prefill cuda_problem(const Check& check, const Tensor& q, const Scores& scores, const Result& result) {
+  Prefill problem{};
+  problem.q = q.data_ptr(), problem.q_token_stride = q.stride(0), problem.q_head_stride = q.stride(1);
+  problem.out = std::get<0>(result).data_ptr();
+  const Tensor& lse = std::get<1>(result);
+  problem.lse = lse.size(0) == q.size(0) ? static_cast<float*>(lse.data_ptr()) : nullptr;
+  check.require(q.size(0) < int64_t{1} << 31, "q has more than 2^31 - 1 rows");
+  problem.num_tokens = static_cast<int>(q.size(0)), problem.head_dim = static_cast<int>(q.size(2));
+  problem.num_heads = static_cast<int>(q.size(1)), problem.num_kv_heads = static_cast<int>(check["num_kv_heads"]);
+  problem.scale = static_cast<float>(scores.scale), problem.softcap = static_cast<float>(scores.softcap);
+  problem.window = scores.window, problem.causal = scores.causal, problem.dtype = dtype_code(q);
+  return problem;
+}
+#endif
 
 }  // namespace minivllm::attention
