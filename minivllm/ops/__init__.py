@@ -11,10 +11,11 @@ from minivllm.ops._load import BuildInfo
 from minivllm.ops._load import load as _load_kernels
 from minivllm.ops._register import served_by
 from minivllm.ops._toolchain import BuildError
-from minivllm.ops.attention import flash_attention, paged_attention
 from minivllm.ops.copy_blocks import copy_blocks
+from minivllm.ops.flash_attention import flash_attention
 from minivllm.ops.logprobs import token_logprobs
 from minivllm.ops.packed_linear import pack_linear_weight, packed_linear, prefers_packed
+from minivllm.ops.paged_attention import paged_attention
 from minivllm.ops.penalties import apply_penalties, count_tokens
 from minivllm.ops.rms_norm import fused_add_rms_norm, rms_norm
 from minivllm.ops.rope import apply_rope, rope_cos_sin_cache

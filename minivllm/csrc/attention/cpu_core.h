@@ -37,18 +37,23 @@ struct Side {
 struct Call {
   const void* q;
   int64_t q_token_stride, q_head_stride;
-  void* out;  // [num_tokens, num_heads, head_dim], contiguous
+  void* out;   // [num_tokens, num_heads, head_dim], contiguous
+  float* lse;  // [num_tokens, num_heads], or null: not asked for
   int64_t num_heads, num_kv_heads, head_dim;
   Side k, v;
   int block_shift;  // log2 of the block size
-  float scale;
-  bool causal, far;  // far: keys and values come from beyond the L2 cache
+  float scale, softcap;  // softcap 0: off
+  int64_t window;        // keys that a causal query sees at most; 0: all
+  bool causal, far;      // far: keys and values come from beyond the L2 cache
   std::vector<Sequence> sequences;
 
   int64_t group() const { return num_heads / num_kv_heads; }
-  // How many keys a query sees: causal queries are aligned to the end of the sequence.
+  // A query sees the keys [first_visible, visible): causal queries are aligned to the end of the sequence.
   int64_t visible(const Sequence& s, int64_t query) const {
     return causal ? std::clamp<int64_t>(query + 1 + s.len_k - s.len_q, 0, s.len_k) : s.len_k;
+  }
+  int64_t first_visible(const Sequence& s, int64_t query) const {
+    return window > 0 ? std::max<int64_t>(visible(s, query) - window, 0) : 0;
   }
 };
 
@@ -70,11 +75,13 @@ struct KvRows {
   }
 };
 
-// Rows [row_begin, row_begin + rows) of one sequence and key-value head, and the keys that any of them sees.
+// Rows [row_begin, row_begin + rows) of one sequence and key-value head, and the keys [key_begin, key_end) that any of them
+// sees; key_begin is rounded down to a tile of keys, so that tiles and splits lie where they lie without a window.
 struct Tile {
   const Sequence* sequence;
-  int64_t kv_head, row_begin, rows, keys;
-  int64_t num_splits() const { return (keys + kSplitKeys - 1) / kSplitKeys; }
+  int64_t kv_head, row_begin, rows, key_begin, key_end;
+  int64_t first_split() const { return key_begin / kSplitKeys; }
+  int64_t end_split() const { return (key_end + kSplitKeys - 1) / kSplitKeys; }
 };
 
 inline const float* widened(const float* row, float*, int64_t) { return row; }
@@ -99,7 +106,7 @@ class Worker {
   void run(const Tile& tile, const Tile* upcoming) {
     load_queries(tile);
     total_.clear(tile.rows);
-    for (int64_t split = 0; split < tile.num_splits(); ++split) {
+    for (int64_t split = tile.first_split(); split < tile.end_split(); ++split) {
       run_split(tile, split, upcoming, split_);
       merge(tile, split, split_);
     }
@@ -117,7 +124,7 @@ class Worker {
   void finish(const Tile& tile, const States& states) {
     find_visible(tile);
     total_.clear(tile.rows);
-    for (int64_t split = 0; split < tile.num_splits(); ++split) merge(tile, split, states(split));
+    for (int64_t split = tile.first_split(); split < tile.end_split(); ++split) merge(tile, split, states(split));
     write(tile);
   }
 
@@ -128,7 +135,7 @@ class Worker {
   float *keys_, *wide_, *q_, *scores_;
   RowStates split_, total_;
   float keep_[kTileRows];
-  int64_t visible_[kTileRows];
+  int64_t first_visible_[kTileRows], visible_[kTileRows];
 
   static int64_t size(int64_t max_rows, int64_t width) {
     return 2 * kTileKeys * width + max_rows * (width + kTileKeys) + 2 * RowStates::size(max_rows, width);
@@ -145,15 +152,24 @@ class Worker {
   }
 
   void find_visible(const Tile& tile) {
-    for (int64_t r = 0; r < tile.rows; ++r)
-      visible_[r] = call_.visible(*tile.sequence, (tile.row_begin + r) / call_.group());
+    for (int64_t r = 0; r < tile.rows; ++r) {
+      const int64_t query = (tile.row_begin + r) / call_.group();
+      first_visible_[r] = call_.first_visible(*tile.sequence, query);
+      visible_[r] = call_.visible(*tile.sequence, query);
+    }
   }
 
-  // Rows before it see neither this key nor a later one; the last row of a tile sees all of the tile's keys.
+  // Rows before it see neither this key nor a later one; the last row of a tile sees its last key.
   int64_t first_row(int64_t key) const {
     int64_t first = 0;
     while (visible_[first] <= key) ++first;
     return first;
+  }
+  // Rows from it on see no key before this one.
+  int64_t end_row(const Tile& tile, int64_t key) const {
+    int64_t end = tile.rows;
+    while (first_visible_[end - 1] >= key) --end;
+    return end;
   }
 
   void load_queries(const Tile& tile) {
@@ -172,32 +188,39 @@ class Worker {
     states.clear(tile.rows);
     const KvRows<T> keys(call_.k, *tile.sequence, tile.kv_head, call_.block_shift);
     const KvRows<T> values(call_.v, *tile.sequence, tile.kv_head, call_.block_shift);
-    const int64_t end = std::min((split + 1) * kSplitKeys, tile.keys);
-    for (int64_t begin = split * kSplitKeys; begin < end; begin += kTileKeys)
+    const int64_t end = std::min((split + 1) * kSplitKeys, tile.key_end);
+    for (int64_t begin = std::max(split * kSplitKeys, tile.key_begin); begin < end; begin += kTileKeys)
       run_keys(tile, keys, values, begin, std::min(kTileKeys, end - begin), upcoming, states);
   }
 
   void run_keys(const Tile& tile, const KvRows<T>& keys, const KvRows<T>& values, int64_t begin, int64_t count,
                 const Tile* upcoming, RowStates& states) {
-    const int64_t first = first_row(begin), rows = tile.rows - first, columns = round_up(count, kLanes);
-    const int64_t next = begin + count, next_end = std::min(next + kTileKeys, tile.keys);
+    const int64_t next = begin + count, next_end = std::min(next + kTileKeys, tile.key_end);
+    const int64_t first = first_row(begin), end = end_row(tile, next), rows = end - first, columns = round_up(count, kLanes);
     load_keys(keys, begin, count);
     float* scores = scores_ + first * kTileKeys;
     const auto transposed = [this](int64_t d) { return keys_ + d * kTileKeys; };
     beside(tile, transposed, values, begin, next, [&](const auto& b) {
       multiply(q_ + first * width_, width_, b, call_.head_dim, scores, kTileKeys, nullptr, rows, columns);
     });
-    for (int64_t r = first; r < tile.rows; ++r)
-      keep_[r] = states.add_scores(r, scores_ + r * kTileKeys, std::min(visible_[r] - begin, count), columns);
+    if (call_.softcap > 0.0f) cap_scores(scores, rows * kTileKeys);
+    for (int64_t r = first; r < end; ++r)
+      keep_[r] = states.add_scores(r, scores_ + r * kTileKeys, std::max<int64_t>(first_visible_[r] - begin, 0),
+                                   std::min(visible_[r] - begin, count), columns);
     const float* value_rows[kTileKeys];
     load_values(values, begin, count, value_rows);
     const auto value = [&](int64_t j) { return value_rows[j]; };
     const auto add_values = [&](const auto& b) {
       multiply(scores, kTileKeys, b, count, states.out + first * width_, width_, keep_ + first, rows, width_);
     };
-    if (next < tile.keys || upcoming == nullptr) return beside(tile, value, keys, next, next_end, add_values);
+    if (next < tile.key_end || upcoming == nullptr) return beside(tile, value, keys, next, next_end, add_values);
     const KvRows<T> first_keys(call_.k, *upcoming->sequence, upcoming->kv_head, call_.block_shift);
-    beside(tile, value, first_keys, 0, std::min(kTileKeys, upcoming->keys), add_values);
+    const int64_t first_end = std::min(upcoming->key_begin + kTileKeys, upcoming->key_end);
+    beside(tile, value, first_keys, upcoming->key_begin, first_end, add_values);
+  }
+
+  void cap_scores(float* scores, int64_t n) const {
+    for (int64_t i = 0; i < n; ++i) scores[i] = call_.softcap * std::tanh(scores[i] / call_.softcap);
   }
 
   // compute(b), where step k of the product also asks memory for row begin + k < end of `soon`. Tiles of few rows wait for
@@ -239,13 +262,15 @@ class Worker {
   }
 
   void merge(const Tile& tile, int64_t split, const RowStates& states) {
-    for (int64_t r = first_row(split * kSplitKeys); r < tile.rows; ++r) total_.merge(r, states);
+    const int64_t end = end_row(tile, (split + 1) * kSplitKeys);
+    for (int64_t r = first_row(split * kSplitKeys); r < end; ++r) total_.merge(r, states);
   }
 
   void write(const Tile& tile) {
     for (int64_t r = 0; r < tile.rows; ++r) {
-      T* out = static_cast<T*>(call_.out) + (token(tile, r) * call_.num_heads + head(tile, r)) * call_.head_dim;
-      from_float(total_.finish(r), out, call_.head_dim);
+      const int64_t row = token(tile, r) * call_.num_heads + head(tile, r);
+      if (call_.lse != nullptr) call_.lse[row] = total_.log_sum(r);
+      from_float(total_.finish(r), static_cast<T*>(call_.out) + row * call_.head_dim, call_.head_dim);
     }
   }
 };
@@ -257,8 +282,9 @@ inline std::vector<Tile> make_tiles(const Call& call) {
     const int64_t rows = s.len_q * call.group();
     for (int64_t t = (rows + kTileRows - 1) / kTileRows - 1; t >= 0; --t) {
       const int64_t begin = t * kTileRows, count = std::min(kTileRows, rows - begin);
-      const int64_t keys = call.visible(s, (begin + count - 1) / call.group());
-      for (int64_t h = 0; h < call.num_kv_heads; ++h) tiles.push_back({&s, h, begin, count, keys});
+      const int64_t key_begin = call.first_visible(s, begin / call.group()) / kTileKeys * kTileKeys;
+      const int64_t key_end = call.visible(s, (begin + count - 1) / call.group());
+      for (int64_t h = 0; h < call.num_kv_heads; ++h) tiles.push_back({&s, h, begin, count, key_begin, key_end});
     }
   }
   return tiles;
@@ -269,7 +295,7 @@ inline int64_t useful_threads(const Call& call, const std::vector<Tile>& tiles) 
   constexpr int64_t kRowsForLoading = 4;  // to load a key costs about as much as four rows' work on it
   constexpr int64_t kWorkPerThread = 1 << 18;
   int64_t work = 0;
-  for (const Tile& tile : tiles) work += tile.keys * (tile.rows + kRowsForLoading) * call.head_dim;
+  for (const Tile& tile : tiles) work += (tile.key_end - tile.key_begin) * (tile.rows + kRowsForLoading) * call.head_dim;
   return std::clamp<int64_t>(work / kWorkPerThread, 1, torch::stable::get_num_threads());
 }
 
@@ -295,10 +321,10 @@ void run_items(const Call& call, int64_t max_rows, int64_t items, int64_t thread
 template <typename T>
 void run_splits(const Call& call, const std::vector<Tile>& tiles, int64_t max_rows, int64_t threads) {
   std::vector<std::pair<int64_t, int64_t>> items;  // tile, split
-  std::vector<int64_t> first_item;
+  std::vector<int64_t> first_item;  // of a tile: the item of its split s is first_item + s
   for (size_t t = 0; t < tiles.size(); ++t) {
-    first_item.push_back(static_cast<int64_t>(items.size()));
-    for (int64_t split = 0; split < tiles[t].num_splits(); ++split) items.emplace_back(t, split);
+    first_item.push_back(static_cast<int64_t>(items.size()) - tiles[t].first_split());
+    for (int64_t split = tiles[t].first_split(); split < tiles[t].end_split(); ++split) items.emplace_back(t, split);
   }
   const int64_t width = round_up(call.head_dim, kLanes), size = RowStates::size(max_rows, width);
   const std::unique_ptr<float[]> memory(new float[items.size() * size]);
@@ -320,8 +346,8 @@ void run(Call call) {
   bool long_keys = false;
   for (const Tile& tile : tiles) {
     max_rows = std::max(max_rows, tile.rows);
-    keys += tile.keys;
-    long_keys |= tile.num_splits() > 1;
+    keys += tile.key_end - tile.key_begin;
+    long_keys |= tile.end_split() - tile.first_split() > 1;
   }
   call.far = keys * call.head_dim * 2 * static_cast<int64_t>(sizeof(T)) > kNear;
   if (threads > 1 && long_keys && static_cast<int64_t>(tiles.size()) < kTilesPerThread * threads)

@@ -112,9 +112,10 @@ struct RowStates {
     std::fill_n(largest, rows, -std::numeric_limits<float>::infinity());
   }
 
-  // Scores of one row against `columns` keys, of which the row sees the first `visible` > 0, become exponentials. Returns
-  // the factor by which what was summed before must shrink.
-  [[gnu::noinline]] float add_scores(int64_t row, float* scores, int64_t visible, int64_t columns) {
+  // Scores of one row against `columns` keys, of which the row sees [first, visible), at least one, become exponentials.
+  // Returns the factor by which what was summed before must shrink.
+  [[gnu::noinline]] float add_scores(int64_t row, float* scores, int64_t first, int64_t visible, int64_t columns) {
+    for (int64_t j = 0; j < first; ++j) scores[j] = -std::numeric_limits<float>::infinity();
     for (int64_t j = visible; j < columns; ++j) scores[j] = -std::numeric_limits<float>::infinity();
     float top = largest[row];
 #pragma omp simd reduction(max : top)
@@ -140,10 +141,18 @@ struct RowStates {
     largest[row] = top;
   }
 
-  // Divides a row by its sum in place; a row without keys stays 0.
-  const float* finish(int64_t row) {
+  float sum_of(int64_t row) const {
     float sum = 0.0f;
     for (int64_t lane = 0; lane < kLanes; ++lane) sum += sums[row * kLanes + lane];
+    return sum;
+  }
+
+  // Logarithm of the row's sum of exp(score); -infinity for a row without keys.
+  float log_sum(int64_t row) const { return largest[row] + std::log(sum_of(row)); }
+
+  // Divides a row by its sum in place; a row without keys stays 0.
+  const float* finish(int64_t row) {
+    const float sum = sum_of(row);
     const float scale = sum == 0.0f ? 0.0f : 1.0f / sum;
     for (int64_t d = 0; d < width; ++d) out[row * width + d] *= scale;
     return out + row * width;
