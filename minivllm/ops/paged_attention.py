@@ -1,7 +1,9 @@
 """Exact attention over the paged key-value cache: prefill, chunks of a prompt and decode alike.
 
 The formula is that of `flash_attention`; the pages of a sequence are found through a block table (Kwon et al. 2023,
-arXiv:2309.06180).
+arXiv:2309.06180). On CUDA, sequences with few queries are decoded by a kernel of their own, which splits long ones over
+the GPU ("Flash-Decoding", Dao et al. 2023) as a plan says. The plan depends on lengths alone, so one serves all layers
+of a step: `plan_paged_attention` makes it, on the GPU.
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ def _check_paged(
     cu_seqlens_q: Tensor,
     window: int,
     softcap: float,
+    plan: Tensor | None,
 ) -> Check:
     check = Check("paged_attention", q.device)
     check.tensor("q", q, "num_tokens num_heads head_dim", FLOATS)
@@ -39,7 +42,89 @@ def _check_paged(
         check.fail(f"cu_seqlens_q has {cu_seqlens_q.shape[0]} numbers, expected num_seqs + 1 = {num_seqs + 1}")
     check_heads(check)
     check_scores(check, window, softcap)
+    if plan is not None:
+        check.tensor("plan", plan, "plan_words", (torch.int32,))
     return check
+
+
+def _plan_fake(
+    seq_lens: Tensor,
+    cu_seqlens_q: Tensor,
+    max_seqlen_q: int,
+    *,
+    max_seqlen_k: int,
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    window: int = 0,
+) -> Tensor:
+    check = Check("plan_paged_attention", seq_lens.device)
+    check.tensor("seq_lens", seq_lens, "num_seqs", (torch.int32,))
+    check.tensor("cu_seqlens_q", cu_seqlens_q, "num_seqs+1", (torch.int32,))
+    check.sizes.update(num_heads=num_heads, num_kv_heads=num_kv_heads, head_dim=head_dim)
+    check_heads(check)
+    check_scores(check, window, 0.0)
+    if seq_lens.device.type != "cuda":
+        return seq_lens.new_empty(0)
+    return seq_lens.new_empty(torch.library.get_ctx().new_dynamic_size())
+
+
+def plan_paged_attention_reference(
+    seq_lens: Tensor,
+    cu_seqlens_q: Tensor,
+    max_seqlen_q: int,
+    *,
+    max_seqlen_k: int,
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    window: int = 0,
+) -> Tensor:
+    """Only the CUDA kernels follow a plan."""
+    return seq_lens.new_empty(0)
+
+
+_plan_paged_attention = define(
+    "plan_paged_attention",
+    "(Tensor seq_lens, Tensor cu_seqlens_q, SymInt max_seqlen_q, *, SymInt max_seqlen_k, SymInt num_heads, "
+    "SymInt num_kv_heads, SymInt head_dim, int window=0) -> Tensor",
+    plan_paged_attention_reference,
+    _plan_fake,
+)
+
+
+def plan_paged_attention(
+    seq_lens: Tensor,
+    cu_seqlens_q: Tensor,
+    max_seqlen_q: int,
+    *,
+    max_seqlen_k: int,
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    window: int = 0,
+) -> Tensor:
+    """How the decode kernel of `paged_attention` shares the work of these lengths out; make it once, use it in every layer.
+
+    It is computed on the GPU without a look at the lengths from the host, so that a CUDA graph may hold it.
+
+    Args:
+        seq_lens, cu_seqlens_q, max_seqlen_q, window: as they will be given to `paged_attention`.
+        max_seqlen_k: the block table's width times the block size.
+        num_heads, num_kv_heads, head_dim: shapes of the queries and the cache.
+
+    Returns:
+        int32 [n], opaque; also the kernel's scratch memory, so calls that share a plan must follow one another. On the
+        CPU n is 0: there is nothing to plan.
+
+    Raises:
+        RuntimeError: wrong device, dtype or shape, or heads that do not fit each other.
+    """
+    plan: Tensor = _plan_paged_attention(
+        seq_lens, cu_seqlens_q, max_seqlen_q,
+        max_seqlen_k=max_seqlen_k, num_heads=num_heads, num_kv_heads=num_kv_heads, head_dim=head_dim, window=window,
+    )  # fmt: skip
+    return plan
 
 
 def _check_blocks(check: Check, num_blocks: int, block_size: int, block_tables: Tensor, lengths: list[int]) -> None:
@@ -72,9 +157,10 @@ def paged_attention_reference(
     window: int = 0,
     softcap: float = 0.0,
     return_lse: bool = False,
+    plan: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The op's meaning in plain PyTorch, sequence by sequence. Reads the lengths on the host: one sync on CUDA."""
-    check = _check_paged(q, k_cache, v_cache, block_tables, seq_lens, cu_seqlens_q, window, softcap)
+    check = _check_paged(q, k_cache, v_cache, block_tables, seq_lens, cu_seqlens_q, window, softcap, plan)
     block_size, num_seqs = k_cache.shape[2], len(seq_lens)
     numbers = torch.cat((cu_seqlens_q, seq_lens)).tolist()
     ends, lengths = numbers[: num_seqs + 1], numbers[num_seqs + 1 :]
@@ -105,15 +191,17 @@ def _paged_fake(
     window: int = 0,
     softcap: float = 0.0,
     return_lse: bool = False,
+    plan: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    _check_paged(q, k_cache, v_cache, block_tables, seq_lens, cu_seqlens_q, window, softcap)
+    _check_paged(q, k_cache, v_cache, block_tables, seq_lens, cu_seqlens_q, window, softcap, plan)
     return q.new_empty(q.shape), empty_lse(q, return_lse)
 
 
 _paged_attention = define(
     "paged_attention",
     "(Tensor q, Tensor k_cache, Tensor v_cache, Tensor block_tables, Tensor seq_lens, Tensor cu_seqlens_q, "
-    "SymInt max_seqlen_q, *, float scale, int window=0, float softcap=0.0, bool return_lse=False) -> (Tensor, Tensor)",
+    "SymInt max_seqlen_q, *, float scale, int window=0, float softcap=0.0, bool return_lse=False, "
+    "Tensor(a!)? plan=None) -> (Tensor, Tensor)",
     paged_attention_reference,
     _paged_fake,
 )
@@ -133,6 +221,7 @@ def paged_attention(
     window: int = ...,
     softcap: float = ...,
     return_lse: Literal[False] = ...,
+    plan: Tensor | None = ...,
 ) -> Tensor: ...
 
 
@@ -150,6 +239,7 @@ def paged_attention(
     window: int = ...,
     softcap: float = ...,
     return_lse: Literal[True],
+    plan: Tensor | None = ...,
 ) -> tuple[Tensor, Tensor]: ...
 
 
@@ -166,6 +256,7 @@ def paged_attention(
     window: int = 0,
     softcap: float = 0.0,
     return_lse: bool = False,
+    plan: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Causal attention of new tokens over the cache, which holds their own keys and values already.
 
@@ -173,7 +264,7 @@ def paged_attention(
     its seq_lens[i]. The arithmetic is float32; on CUDA bfloat16 and float16 enter the tensor cores, and weights are
     rounded to that dtype before they meet the values. On the CPU a row's bits depend on its query and the keys and
     values it sees alone: not on other rows, on the chunks a prompt is cut into, on which blocks hold the keys, or on
-    the number of threads. (A NaN or infinite value may spoil queries of its own sequence just before it, and with a
+    the number of threads; on CUDA a decoded row's bits do not depend on other rows or on which blocks hold the keys. (A NaN or infinite value may spoil queries of its own sequence just before it, and with a
     window just after it.)
 
     Args:
@@ -191,6 +282,8 @@ def paged_attention(
         window: if not 0, a query sees its last `window` keys alone, its own included.
         softcap: if not 0, scores are softcap * tanh(scale * q k^T / softcap).
         return_lse: also give the logarithm of each query's sum of exponentials, with which partial results are merged.
+        plan: from `plan_paged_attention` with the same lengths, shapes and window, written; CUDA makes one for this call
+            if it is None. The CPU kernel needs none. With one of other shapes the result is NaN.
 
     Returns:
         [num_tokens, num_heads, head_dim], contiguous, dtype of q. A query that sees no key, and a row beyond the last
@@ -206,6 +299,6 @@ def paged_attention(
     lse: Tensor
     out, lse = _paged_attention(
         q, k_cache, v_cache, block_tables, seq_lens, cu_seqlens_q, max_seqlen_q,
-        scale=scale, window=window, softcap=softcap, return_lse=return_lse,
+        scale=scale, window=window, softcap=softcap, return_lse=return_lse, plan=plan,
     )  # fmt: skip
     return (out, lse) if return_lse else out

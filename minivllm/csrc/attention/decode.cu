@@ -23,7 +23,7 @@ struct Config {
   using T = T_;
   static constexpr int kHeadDim = HeadDim_, kColumns = Columns_;
   static constexpr int kColumnTiles = kColumns / 8, kSteps = kHeadDim / 16, kRowChunks = kHeadDim / 8;
-  static constexpr int kTileBytes = kTileKeys * kHeadDim * 2;  // of keys, and as much of values
+  static constexpr int kTileBytes = kDecodeKeys * kHeadDim * 2;  // of keys, and as much of values
   static constexpr int kRowFloats = kHeadDim + 4;  // padded: columns 2t of a quad fall into different banks
   // For merging the warps' states: sums and maxima [warp][column], then the rows [warp][column][kRowFloats]. Two of them, used in
   // turn, spare a barrier; of many columns they would take the place of the pipeline.
@@ -52,14 +52,15 @@ struct Walk {
 
 // A call with the numbers derived from its shape.
 struct Problem : DecodeCall {
-  int heads, column_groups, columns, num_heads, stages, most_chunks;
+  int heads, column_groups, columns, stages, most_chunks;
   int64_t arrivals, pieces, rows, stats, partials;
+  int32_t signature;
 
   Problem(const DecodeCall& call, int stages_)
       : DecodeCall(call), heads(shape.heads()), column_groups(shape.column_groups()), columns(shape.columns_per_group()),
-        num_heads(shape.num_kv_heads * shape.group), stages(stages_),
+        stages(stages_),
         most_chunks(shape.most_chunks()), arrivals(shape.arrivals()), pieces(shape.pieces()), rows(shape.rows()),
-        stats(shape.stats()), partials(shape.partials()) {}
+        stats(shape.stats()), partials(shape.partials()), signature(shape.signature()) {}
 };
 
 // An unnormalised softmax state of a column: the sum of p, and the maximum that p is relative to (base 2).
@@ -88,7 +89,7 @@ class Decoder {
   static constexpr int D = C::kHeadDim, NT = C::kColumnTiles;
   static constexpr int kQuads = D / 4;  // of a column; a thread merges kGroups of all columns' quads
   static constexpr int kGroups = kQuads * C::kColumns / kDecodeThreads;
-  static constexpr int kAtOnce = 16;  // states that are loaded before the first is merged
+  static constexpr int kAtOnce = D > 128 ? 4 : 16;  // states that are loaded before the first is merged
 
  public:
   __device__ Decoder(const Problem& call, char* shared)
@@ -103,23 +104,22 @@ class Decoder {
     const auto* pieces = reinterpret_cast<const PlanPiece*>(call_.plan + call_.pieces) + blockIdx.x;
     const PlanPiece from = pieces[0];
     to_ = pieces[1];
+    if (call_.plan[kSignature] != call_.signature) return fill_rows(0, NAN);  // not of these shapes: loud, and nothing out of bounds
+    if (call_.alone) fill_rows(call_.plan[kUsedTokens], 0.0f);
     if (done(from.row, from.head, from.chunk)) return;
     Item item = make_item(from.first, from.row, from.head, from.chunk, from.slot);
     load_ = walk_of(item);
     find_blocks();
-    PlanRow next_row = row_at(from.row + 1);
     while (true) {
       const bool more = !done_after(item);
       // Known before it is needed, so that loading can run on into it.
-      next_load_ = more ? walk_of(item_after(item, next_row)) : Walk{};
+      next_load_ = more ? walk_of(item_after(item)) : Walk{};
       fill_pipeline();
       process(item);
       if (!more) break;
       if (!hopped_) hop();
       hopped_ = false;
-      const int row = item.row_index;
-      item = item_after(item, next_row);
-      if (item.row_index != row) next_row = row_at(item.row_index + 1);
+      item = item_after(item);
     }
   }
 
@@ -138,10 +138,6 @@ class Decoder {
   int merge_buffer_ = 0;
   int32_t blocks_[2];  // of rows 0-7 and 8-15 of the tile to load
 
-  __device__ __forceinline__ PlanRow row_at(int index) const {
-    return reinterpret_cast<const PlanRow*>(call_.plan + call_.rows)[min(index, call_.shape.num_seqs - 1)];
-  }
-
   __device__ __forceinline__ bool done(int row, int head, int chunk) const {
     return row > to_.row || (row == to_.row && (head > to_.head || (head == to_.head && chunk >= to_.chunk)));
   }
@@ -154,25 +150,32 @@ class Decoder {
     return item;
   }
 
+  // Rows of the output from `first` on; log-sum-exp of no keys.
+  __device__ __forceinline__ void fill_rows(int first, float value) const {
+    const int64_t row_size = int64_t{call_.num_heads} * call_.shape.head_dim;
+    for (int64_t row = first + blockIdx.x; row < call_.num_tokens; row += gridDim.x) {
+      for (int64_t i = threadIdx.x; i < row_size; i += kDecodeThreads)
+        static_cast<T*>(call_.out)[row * row_size + i] = narrow<T>(value);
+      for (int h = threadIdx.x; call_.lse != nullptr && h < call_.num_heads; h += kDecodeThreads)
+        call_.lse[row * call_.num_heads + h] = value == 0.0f ? -INFINITY : value;
+    }
+  }
+
   __device__ __forceinline__ bool done_after(const Item& item) const {
     const bool same_row = item.head + 1 < call_.heads;
     return done(same_row ? item.row_index : item.row_index + 1, same_row ? item.head + 1 : 0, 0);
   }
 
-  __device__ __forceinline__ Item item_after(const Item& item, const PlanRow& next) const {
-    const bool same = item.head + 1 < call_.heads;
-    const PlanRow& now = item.row;
-    const PlanRow row{same ? now.seq : next.seq,           same ? now.first_query : next.first_query,
-                      same ? now.num_queries : next.num_queries, same ? now.keys : next.keys,
-                      same ? now.begin : next.begin,       same ? now.chunk_size : next.chunk_size,
-                      same ? now.num_chunks : next.num_chunks, 0};
-    return make_item(row, same ? item.row_index : item.row_index + 1, same ? item.head + 1 : 0, 0, -1);
+  __device__ __forceinline__ Item item_after(const Item& item) const {
+    if (item.head + 1 < call_.heads) return make_item(item.row, item.row_index, item.head + 1, 0, -1);
+    const auto* rows = reinterpret_cast<const PlanRow*>(call_.plan + call_.rows);
+    return make_item(rows[item.row_index + 1], item.row_index + 1, 0, 0, -1);
   }
 
   __device__ __forceinline__ Walk walk_of(const Item& item) const {
     const int64_t kv_head = item.head / call_.column_groups;
     return {call_.block_tables + item.row.seq * call_.table_stride, (kv_head << call_.block_shift) * call_.shape.head_dim,
-            item.begin() + warp_ * kTileKeys, item.end()};
+            item.begin() + warp_ * kDecodeKeys, item.end()};
   }
 
   __device__ __forceinline__ void hop() {
@@ -196,13 +199,13 @@ class Decoder {
     if (load_.pos >= load_.end && !hopped_ && next_load_.table != nullptr) hop();
     if (load_.pos >= load_.end) return;
     const uint32_t keys = pipeline_ + load_stage_ * (2 * C::kTileBytes);
-    load_rows(keys, call_.k_cache, call_.k_block_stride);
+    load_rows(keys, call_.k);
     copy_async_commit();
-    load_rows(keys + C::kTileBytes, call_.v_cache, call_.v_block_stride);
+    load_rows(keys + C::kTileBytes, call_.v);
     copy_async_commit();
     load_stage_ = load_stage_ + 1 == call_.stages ? 0 : load_stage_ + 1;
     ++pending_;
-    load_.pos += kDecodeWarps * kTileKeys;
+    load_.pos += kDecodeWarps * kDecodeKeys;
     find_blocks();
   }
 
@@ -218,16 +221,16 @@ class Decoder {
   }
 
   // 16 rows of the cache; rows beyond the end and elements beyond head_dim become zeros, without being read.
-  __device__ __forceinline__ void load_rows(uint32_t target, const void* cache, int64_t block_stride) const {
+  __device__ __forceinline__ void load_rows(uint32_t target, const KvSide& side) const {
     const int head_dim = call_.shape.head_dim, block_size = 1 << call_.block_shift;
-    const auto* base = static_cast<const T*>(cache) + load_.head;
+    const auto* base = static_cast<const T*>(side.data) + load_.head;
 #pragma unroll
-    for (int i = 0; i < kTileKeys * C::kRowChunks / 32; ++i) {
+    for (int i = 0; i < kDecodeKeys * C::kRowChunks / 32; ++i) {
       const int index = i * 32 + lane_, row = index / C::kRowChunks, chunk = index % C::kRowChunks;
       const int key = load_.pos + row;
       const bool valid = key < load_.end && chunk * 8 < head_dim;
       const int32_t block = blocks_[row / 8];
-      const T* source = base + block * block_stride + (key & (block_size - 1)) * head_dim + chunk * 8;
+      const T* source = base + block * side.block_stride + (key & (block_size - 1)) * head_dim + chunk * 8;
       copy_async(target + (row * C::kRowChunks + (chunk ^ (row & 7))) * 16, valid ? source : base, valid);
     }
   }
@@ -245,22 +248,22 @@ class Decoder {
       for (int j = 0; j < 2; ++j) {
         const int query = min((column0 + n * 8 + 2 * t_ + j) / call_.shape.group, row.num_queries - 1);
         limit[n][j] = row.keys - row.num_queries + query + 1;
-        lowest[n][j] = call_.window > 0 ? limit[n][j] - call_.window : 0;
+        lowest[n][j] = call_.shape.window > 0 ? limit[n][j] - call_.shape.window : 0;
       }
     const int first_limit = row.keys - row.num_queries + 1;
-    const int last_lowest = call_.window > 0 ? row.keys - call_.window : 0;
+    const int last_lowest = call_.shape.window > 0 ? row.keys - call_.shape.window : 0;
 
     float4 outputs[kGroups] = {};
     State states[kGroups];
 #pragma unroll
     for (int k = 0; k < kGroups; ++k) states[k] = {0.0f, -INFINITY};
-    for (int chunk = item.first_chunk, pos = item.begin() + warp_ * kTileKeys; chunk < item.end_chunk; ++chunk) {
+    for (int chunk = item.first_chunk, pos = item.begin() + warp_ * kDecodeKeys; chunk < item.end_chunk; ++chunk) {
       const int end = min(row.begin + (chunk + 1) * row.chunk_size, row.keys);
       float o[NT][C::kSteps][4] = {}, m[NT][2], l[NT][2] = {};
 #pragma unroll
       for (int n = 0; n < NT; ++n) m[n][0] = m[n][1] = -INFINITY;
-      for (; pos < end; pos += kDecodeWarps * kTileKeys) {
-        const bool masked = pos + kTileKeys > min(first_limit, end) || pos < last_lowest;
+      for (; pos < end; pos += kDecodeWarps * kDecodeKeys) {
+        const bool masked = pos + kDecodeKeys > min(first_limit, end) || pos < last_lowest;
         tile(q, o, m, l, pos, masked, limit, lowest, end);
       }
       put_state(o, m, l);
@@ -552,21 +555,20 @@ bool aligned(const void* pointer, int64_t bytes) { return reinterpret_cast<uintp
 
 }  // namespace
 
-bool can_decode(const DecodeCall& call, DtypeCode dtype) {
-  const bool q_pairs = aligned(call.q, 4) && call.q_token_stride % 2 == 0 && call.q_head_stride % 2 == 0;
-  return dtype != DtypeCode::kFloat32 && call.shape.head_dim % 8 == 0 && call.shape.head_dim <= 256 && q_pairs &&
-         aligned(call.k_cache, 16) && aligned(call.v_cache, 16) && call.k_block_stride % 8 == 0 &&
-         call.v_block_stride % 8 == 0 && call.shape.num_ctas > 0;
+bool can_decode(const DecodeCall& call) {
+  const auto whole = [](const KvSide& side) { return aligned(side.data, 16) && side.block_stride % 8 == 0; };
+  return call.dtype != DtypeCode::kFloat32 && call.head_dim % 8 == 0 && call.shape.num_ctas > 0 && aligned(call.q, 4) &&
+         call.q_token_stride % 2 == 0 && call.q_head_stride % 2 == 0 && whole(call.k) && whole(call.v);
 }
 
 int decode_grid(const DecodeShape& shape) {
   return with_config<__half>(shape, [&](auto config) { return grid_of<decltype(config)>(shape.columns_per_group()).ctas; });
 }
 
-const char* launch_decode(const DecodeCall& call, DtypeCode dtype, void* stream) {
+const char* launch_decode(const DecodeCall& call, void* stream) {
   const auto s = static_cast<cudaStream_t>(stream);
   const auto run = [&](auto config) { return launch<decltype(config)>(call, s); };
-  return dtype == DtypeCode::kBFloat16 ? with_config<__nv_bfloat16>(call.shape, run) : with_config<__half>(call.shape, run);
+  return call.dtype == DtypeCode::kBFloat16 ? with_config<__nv_bfloat16>(call.shape, run) : with_config<__half>(call.shape, run);
 }
 
 }  // namespace minivllm::attention

@@ -25,9 +25,8 @@ struct Scores {
 
 inline const int32_t* ints(const Tensor& t) { return static_cast<const int32_t*>(t.data_ptr()); }
 
-inline void check_heads(const Check& check) {
-  const int64_t heads = check["num_heads"], kv_heads = check["num_kv_heads"], head_dim = check["head_dim"];
-  if (kv_heads == 0 || heads % kv_heads != 0)
+inline void check_head_numbers(const Check& check, int64_t heads, int64_t kv_heads, int64_t head_dim) {
+  if (kv_heads <= 0 || heads < 0 || heads % kv_heads != 0)
     check.fail("num_heads=" + std::to_string(heads) + " is not a multiple of num_kv_heads=" + std::to_string(kv_heads));
   if (head_dim < 1 || head_dim > 256)
     check.fail("head_dim=" + std::to_string(head_dim) + ", expected 1 to 256");
@@ -39,6 +38,10 @@ inline void check_scores(const Check& check, const Scores& scores) {
   if (scores.window > 0 && !scores.causal) check.fail(window + " needs causal=True");
   if (!(scores.softcap >= 0.0 && std::isfinite(scores.softcap)))
     check.fail("softcap=" + std::to_string(scores.softcap) + ", expected 0 (off) or a positive number");
+}
+
+inline void check_heads(const Check& check) {
+  check_head_numbers(check, check["num_heads"], check["num_kv_heads"], check["head_dim"]);
 }
 
 // cu: [batch + 1] with batch >= 0, prefix sums that begin with 0, never fall, and end within `total` rows; no step above

@@ -10,11 +10,11 @@ namespace {
 constexpr int kThreads = 1024;
 
 // A row without queries is not decoded. Keys beyond the block table cannot exist; the plan has no place for them either.
-__device__ PlanRow read_row(const int32_t* seq_lens, const int32_t* cu, int i, const DecodeShape& shape, int window) {
+__device__ PlanRow read_row(const int32_t* seq_lens, const int32_t* cu, int i, const DecodeShape& shape) {
   PlanRow row{i, cu[i], cu[i + 1] - cu[i], max(0, min(seq_lens[i], shape.max_keys)), 0, 0, 0, 0};
-  if (!is_decode_row(row.num_queries, shape.group) || row.num_queries > shape.max_queries) row.num_queries = 0;
-  const int first = row.keys - row.num_queries + 1 - window;  // first key that any query sees
-  if (window > 0 && first > 0) row.begin = first / kTileKeys * kTileKeys;
+  if (row.num_queries > shape.max_queries) row.num_queries = 0;
+  const int first = row.keys - row.num_queries + 1 - shape.window;  // first key that any query sees
+  if (shape.window > 0 && first > 0) row.begin = first / kDecodeKeys * kDecodeKeys;
   row.chunk_size = chunk_keys(row.keys - row.begin);
   row.num_chunks = max(1, (row.keys - row.begin + row.chunk_size - 1) / row.chunk_size);
   return row;
@@ -64,12 +64,12 @@ __device__ PlanPiece find_piece(const PlanRow* rows, const int64_t* line, int co
 
 __global__ void __launch_bounds__(kThreads)
     plan_kernel(const int32_t* seq_lens, const int32_t* cu_seqlens_q, DecodeShape shape, int heads, int64_t rows_at,
-                int64_t pieces_at, int64_t line_at, int window, int32_t* plan) {
+                int64_t pieces_at, int64_t line_at, int32_t signature, int32_t* plan) {
   __shared__ int64_t shared[kThreads / 32];
   auto* rows = reinterpret_cast<PlanRow*>(plan + rows_at);
   auto* pieces = reinterpret_cast<PlanPiece*>(plan + pieces_at);
   auto* line = reinterpret_cast<int64_t*>(plan + line_at);
-  if (threadIdx.x == 0) plan[kWindow] = window;
+  if (threadIdx.x == 0) plan[kSignature] = signature, plan[kUsedTokens] = cu_seqlens_q[shape.num_seqs];
   for (int i = threadIdx.x; i < shape.num_ctas; i += kThreads) plan[DecodeShape::kHeader + i] = 0;  // arrivals
 
   int count = 0;
@@ -77,7 +77,7 @@ __global__ void __launch_bounds__(kThreads)
   for (int start = 0; start < shape.num_seqs; start += kThreads) {
     const int i = start + threadIdx.x;
     PlanRow row{};
-    if (i < shape.num_seqs) row = read_row(seq_lens, cu_seqlens_q, i, shape, window);
+    if (i < shape.num_seqs) row = read_row(seq_lens, cu_seqlens_q, i, shape);
     const bool decoded = row.num_queries > 0;
     int64_t all_rows, all_work;
     const int64_t at = count + sum_before(decoded, &all_rows, shared);
@@ -108,10 +108,10 @@ __global__ void __launch_bounds__(kThreads)
 
 }  // namespace
 
-const char* launch_plan(const int32_t* seq_lens, const int32_t* cu_seqlens_q, const DecodeShape& shape, int window, int32_t* plan,
+const char* launch_plan(const int32_t* seq_lens, const int32_t* cu_seqlens_q, const DecodeShape& shape, int32_t* plan,
                         void* stream) {
   plan_kernel<<<1, kThreads, 0, static_cast<cudaStream_t>(stream)>>>(seq_lens, cu_seqlens_q, shape, shape.heads(), shape.rows(),
-                                                                     shape.pieces(), shape.line(), window, plan);
+                                                                     shape.pieces(), shape.line(), shape.signature(), plan);
   return launch_error();
 }
 

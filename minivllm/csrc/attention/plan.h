@@ -10,6 +10,7 @@
 #pragma once
 
 #include <cstdint>
+#include <initializer_list>
 
 #if defined(__CUDACC__)
 #define MINIVLLM_BOTH __host__ __device__ __forceinline__
@@ -21,10 +22,10 @@ namespace minivllm::attention {
 
 constexpr int kDecodeWarps = 4;
 constexpr int kDecodeThreads = 32 * kDecodeWarps;
-constexpr int kTileKeys = 16;        // keys of one warp's step: the rows of an m16n8k16 tile
+constexpr int kDecodeKeys = 16;        // keys of one warp's step: the rows of an m16n8k16 tile
 constexpr int kDecodeColumns = 16;   // rows of up to so many columns are decoded; a single query always is
 constexpr int kMaxChunks = 64;       // of one row: what the last thread block merges in about two microseconds
-constexpr int kUnit = kDecodeWarps * kTileKeys;  // chunks are multiples of it; work is counted in it
+constexpr int kUnit = kDecodeWarps * kDecodeKeys;  // chunks are multiples of it; work is counted in it
 
 // Keys of a chunk, from the keys of the row. Small enough that one row of 8,192 tokens fills 132 multiprocessors twice, large
 // enough that merging (a barrier each) is lost in the noise and the states of a long row stay few.
@@ -37,21 +38,20 @@ MINIVLLM_BOTH int chunk_keys(int keys) {
   return ((keys + kMaxChunks - 1) / kMaxChunks + kUnit - 1) / kUnit * kUnit;
 }
 
-MINIVLLM_BOTH bool is_decode_row(int num_queries, int group) {
-  return num_queries == 1 || (num_queries > 1 && num_queries * group <= kDecodeColumns);
+// Sequences of so many queries or fewer are decoded. Where longer ones are in the batch, only single queries are: room for more
+// columns would slow them down.
+MINIVLLM_BOTH int decoded_queries(int64_t max_queries, int group) {
+  return max_queries > 1 && max_queries * group <= kDecodeColumns ? static_cast<int>(max_queries) : 1;
 }
 
 // Shapes that the plan and the kernel must agree on.
 struct DecodeShape {
   int num_seqs, max_keys, num_kv_heads, group, head_dim;
-  int max_queries;  // of any sequence of the batch
+  int max_queries;  // of a sequence that is decoded
+  int window;       // 0: off
   int num_ctas;     // thread blocks of the persistent grid
 
-  int columns() const {  // most columns of a row
-    const int queries = max_queries < 1 ? 1 : max_queries;
-    if (queries == 1) return group;
-    return group > kDecodeColumns ? group : kDecodeColumns / group * group;
-  }
+  int columns() const { return max_queries * group; }  // most columns of a row
   // Of 16 columns the sums of more than 128 elements do not fit the registers; then the keys are read once more for the rest.
   int tile_columns() const { return columns() <= 8 || head_dim > 128 ? 8 : 16; }
   int column_groups() const { return (columns() + tile_columns() - 1) / tile_columns(); }
@@ -60,6 +60,11 @@ struct DecodeShape {
   int most_chunks() const {
     const int n = (max_keys + 127) / 128;
     return n < 1 ? 1 : (n > kMaxChunks ? kMaxChunks : n);
+  }
+  int32_t signature() const {
+    uint32_t hash = 1;
+    for (int v : {num_seqs, max_keys, num_kv_heads, group, head_dim, max_queries, window, num_ctas}) hash = hash * 1000003u + v;
+    return static_cast<int32_t>(hash);
   }
   int64_t states() const { return int64_t{num_ctas} * most_chunks() * columns_per_group(); }
 
@@ -74,8 +79,8 @@ struct DecodeShape {
   int64_t words() const { return partials() + states() * head_dim; }
 };
 
-// Header words.
-enum PlanWord : int { kWindow = 0 };
+// Header words. kSignature: of the shapes the plan was made for. kUsedTokens: rows of q that belong to a sequence.
+enum PlanWord : int { kSignature = 0, kUsedTokens = 1 };
 
 // The keys [begin, keys) of a sequence's cache, in chunks.
 struct alignas(16) PlanRow {
@@ -90,7 +95,7 @@ struct alignas(16) PlanPiece {
   PlanRow first;
 };
 
-const char* launch_plan(const int32_t* seq_lens, const int32_t* cu_seqlens_q, const DecodeShape& shape, int window, int32_t* plan,
+const char* launch_plan(const int32_t* seq_lens, const int32_t* cu_seqlens_q, const DecodeShape& shape, int32_t* plan,
                         void* stream);
 
 }  // namespace minivllm::attention

@@ -25,6 +25,7 @@ struct Prefill {
   const int32_t* block_tables;  // paged only
   int64_t table_stride;
   int block_shift;  // log2 of the block size
+  int decoded_queries;  // sequences of so many queries or fewer are left to the decode kernel; 0: none
   int batch, num_tokens, num_heads, num_kv_heads, head_dim;
   float scale, softcap;  // softcap 0: off
   int64_t window;        // 0: off

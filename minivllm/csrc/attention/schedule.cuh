@@ -45,7 +45,8 @@ __device__ __forceinline__ bool find_tile(const Prefill& p, int rows, RowTile& t
     const int i = first + lane;
     const int begin = i <= p.batch ? p.cu_seqlens_q[i] : 0;
     const int end = i < p.batch ? p.cu_seqlens_q[i + 1] : i == p.batch ? p.num_tokens : 0;
-    const int tiles = ((end - begin) * tile.group + rows - 1) / rows;
+    const bool decoded = i < p.batch && end - begin <= p.decoded_queries;
+    const int tiles = decoded ? 0 : ((end - begin) * tile.group + rows - 1) / rows;
     int sum = tiles;  // of this lane and those before it
 #pragma unroll
     for (int step = 1; step < 32; step *= 2) {
