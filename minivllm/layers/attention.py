@@ -53,7 +53,15 @@ class Attention(nn.Module):
         self.rotary(q, k, fwd.positions)
         store_kv(k, v, kv.k, kv.v, fwd.slot_mapping)
         out = paged_attention(
-            q, kv.k, kv.v, fwd.block_tables, fwd.seq_lens, fwd.cu_seqlens_q, fwd.max_seqlen_q, scale=self.scale
+            q,
+            kv.k,
+            kv.v,
+            fwd.block_tables,
+            fwd.seq_lens,
+            fwd.cu_seqlens_q,
+            fwd.max_seqlen_q,
+            scale=self.scale,
+            plan=fwd.attention_plan,
         )
         projected: Tensor = self.o_proj(out.flatten(1))
         return projected

@@ -15,7 +15,7 @@ from minivllm.ops.copy_blocks import copy_blocks
 from minivllm.ops.flash_attention import flash_attention
 from minivllm.ops.logprobs import token_logprobs
 from minivllm.ops.packed_linear import pack_linear_weight, packed_linear, prefers_packed
-from minivllm.ops.paged_attention import paged_attention
+from minivllm.ops.paged_attention import paged_attention, plan_paged_attention
 from minivllm.ops.penalties import apply_penalties, count_tokens
 from minivllm.ops.rms_norm import fused_add_rms_norm, rms_norm
 from minivllm.ops.rope import apply_rope, rope_cos_sin_cache
@@ -36,6 +36,7 @@ __all__ = [
     "pack_linear_weight",
     "packed_linear",
     "paged_attention",
+    "plan_paged_attention",
     "prefers_packed",
     "rms_norm",
     "rope_cos_sin_cache",

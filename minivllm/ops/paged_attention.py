@@ -282,8 +282,8 @@ def paged_attention(
         window: if not 0, a query sees its last `window` keys alone, its own included.
         softcap: if not 0, scores are softcap * tanh(scale * q k^T / softcap).
         return_lse: also give the logarithm of each query's sum of exponentials, with which partial results are merged.
-        plan: from `plan_paged_attention` with the same lengths, shapes and window, written; CUDA makes one for this call
-            if it is None. The CPU kernel needs none. With one of other shapes the result is NaN.
+        plan: from `plan_paged_attention` with the same lengths, shapes and window, written; CUDA makes one for this
+            call if it is None. The CPU kernel needs none. With one of another window the result is NaN.
 
     Returns:
         [num_tokens, num_heads, head_dim], contiguous, dtype of q. A query that sees no key, and a row beyond the last

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -18,7 +18,7 @@ from minivllm.batch import Batch, BatchResult
 from minivllm.config import EngineConfig, ModelConfig
 from minivllm.errors import ConfigError, RequestError
 from minivllm.models import build_model, weights
-from minivllm.ops import copy_blocks
+from minivllm.ops import copy_blocks, plan_paged_attention
 from minivllm.runner import sampler
 from minivllm.runner.columns import ints, upload
 from minivllm.runner.forecast import fullest_batch
@@ -71,7 +71,7 @@ class ModelRunner:
             sources, targets = upload([ints(batch.copy_sources), ints(batch.copy_targets)], self.device)
             for layer in self.kv.layers:
                 copy_blocks(layer.k, layer.v, sources, targets)
-        return self._finish(batch, self.model(fwd, self.kv), fwd.sample_indices, sampling)
+        return self._finish(batch, self.model(self._planned(fwd), self.kv), fwd.sample_indices, sampling)
 
     @torch.inference_mode()
     def prompt_logits(self, token_ids: Sequence[int]) -> Tensor:
@@ -112,6 +112,22 @@ class ModelRunner:
         # A failed row (-1) ends at the update; until then its slot must still hold a valid id.
         self.inputs.keep_last_tokens(sampling.slots, ids.clamp(min=0))
         return self._to_host(ids, readout)
+
+    def _planned(self, fwd: ForwardBatch) -> ForwardBatch:
+        """With one plan for the decode attention of all layers; there is nothing to plan on a CPU."""
+        if self.device.type == "cpu":
+            return fwd
+        config = self.model_config
+        plan = plan_paged_attention(
+            fwd.seq_lens,
+            fwd.cu_seqlens_q,
+            fwd.max_seqlen_q,
+            max_seqlen_k=fwd.block_tables.shape[1] * self.block_size,
+            num_heads=config.num_attention_heads,
+            num_kv_heads=config.num_key_value_heads,
+            head_dim=config.head_dim,
+        )
+        return replace(fwd, attention_plan=plan)
 
     def _to_host(self, ids: Tensor, readout: Readout | None) -> Pending:
         tensors = [ids] if readout is None else [ids, *readout.tensors]
