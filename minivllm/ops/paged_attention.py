@@ -104,7 +104,7 @@ def plan_paged_attention(
     head_dim: int,
     window: int = 0,
 ) -> Tensor:
-    """How the decode kernel of `paged_attention` shares the work of these lengths out; make it once, use it in every layer.
+    """How the decode kernel of `paged_attention` shares out the work of these lengths; one plan serves all layers.
 
     It is computed on the GPU without a look at the lengths from the host, so that a CUDA graph may hold it.
 
@@ -264,8 +264,9 @@ def paged_attention(
     its seq_lens[i]. The arithmetic is float32; on CUDA bfloat16 and float16 enter the tensor cores, and weights are
     rounded to that dtype before they meet the values. On the CPU a row's bits depend on its query and the keys and
     values it sees alone: not on other rows, on the chunks a prompt is cut into, on which blocks hold the keys, or on
-    the number of threads; on CUDA a decoded row's bits do not depend on other rows or on which blocks hold the keys. (A NaN or infinite value may spoil queries of its own sequence just before it, and with a
-    window just after it.)
+    the number of threads. On CUDA the bits of a decoded row do not depend on other rows or on which blocks hold the
+    keys. (A NaN or infinite value may spoil queries of its own sequence just before it, and with a window just after
+    it.)
 
     Args:
         q: [num_tokens, num_heads, head_dim] float32, bfloat16 or float16; last dimension contiguous, any other strides.

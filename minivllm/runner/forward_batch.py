@@ -18,9 +18,9 @@ class ForwardBatch:
     each token's key and value in the cache (`minivllm.ops.store_kv`). block_tables: [R, B] int32. seq_lens: [R] int32,
     tokens of the sequence up to and including this step. cu_seqlens_q: [R + 1] int32, where each row's query tokens
     start.
-    max_seqlen_q: the longest row. attention_plan: how all layers share out the decode attention of these lengths
-    (`minivllm.ops.plan_paged_attention`); None: each makes its own. sample_indices: [S] int64, index in [0, T) of the last token of each row that draws
-    one.
+    max_seqlen_q: the longest row. sample_indices: [S] int64, index in [0, T) of the last token of each row that draws
+    one. attention_plan: how all layers share out the decode attention of these lengths
+    (`minivllm.ops.plan_paged_attention`); None: each makes its own.
     """
 
     input_ids: Tensor
