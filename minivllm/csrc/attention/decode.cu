@@ -98,10 +98,6 @@ class Decoder {
     merge_ = reinterpret_cast<float*>(shared + C::pipeline_bytes(call.stages));
     pipeline_ = shared_address(shared) + warp_ * (call.stages * 2 * C::kTileBytes);
     scale_ = call.scale * kLog2e;
-    __shared__ uint64_t barriers[2];
-    barriers_ = shared_address(barriers);
-    if (threadIdx.x < 2) barrier_init(barriers_ + threadIdx.x * 8, kDecodeWarps);
-    __syncthreads();
   }
 
   __device__ __forceinline__ void run() {
@@ -139,8 +135,7 @@ class Decoder {
   Walk load_, next_load_;
   bool hopped_ = false;  // load_ is in the next item already
   int load_stage_ = 0, stage_ = 0, pending_ = 0;  // pending: tiles loaded or on their way that are not computed yet
-  int merge_buffer_ = 0, phases_ = 0;  // the next buffer, and the phase of each one's barrier
-  uint32_t barriers_;
+  int merge_buffer_ = 0;
   int32_t blocks_[2];  // of rows 0-7 and 8-15 of the tile to load
 
   __device__ __forceinline__ bool done(int row, int head, int chunk) const {
@@ -262,9 +257,8 @@ class Decoder {
     State states[kGroups];
 #pragma unroll
     for (int k = 0; k < kGroups; ++k) states[k] = {0.0f, -INFINITY};
-    // A chunk is merged when the next one has been computed: its last warp put its state down long ago, so that nobody waits.
-    for (int chunk = item.first_chunk, pos = item.begin() + warp_ * kDecodeKeys;; ++chunk) {
-      const int end = min(row.begin + (chunk + 1) * row.chunk_size, item.end());
+    for (int chunk = item.first_chunk, pos = item.begin() + warp_ * kDecodeKeys; chunk < item.end_chunk; ++chunk) {
+      const int end = min(row.begin + (chunk + 1) * row.chunk_size, row.keys);
       float o[NT][C::kSteps][4] = {}, m[NT][2], l[NT][2] = {};
 #pragma unroll
       for (int n = 0; n < NT; ++n) m[n][0] = m[n][1] = -INFINITY;
@@ -272,9 +266,12 @@ class Decoder {
         const bool masked = pos + kDecodeKeys > min(first_limit, end) || pos < last_lowest;
         tile(q, o, m, l, pos, masked, limit, lowest, end);
       }
-      if (chunk > item.first_chunk) merge_chunk(item, chunk - 1, outputs, states);
-      if (chunk == item.end_chunk) break;
       put_state(o, m, l);
+      __syncthreads();
+      merge_warps(outputs, states);
+      if (C::merge_buffers(columns_) == 1) __syncthreads();
+      else merge_buffer_ ^= 1;  // the other warps may still read this one
+      if (item.slot >= 0) leave(item, chunk, outputs, states);
     }
     if (item.slot < 0) {
 #pragma unroll
@@ -373,7 +370,7 @@ class Decoder {
   }
 
   __device__ __forceinline__ void put_state(const float (&o)[NT][C::kSteps][4], const float (&m)[NT][2],
-                            const float (&l)[NT][2]) {
+                            const float (&l)[NT][2]) const {
     float* shared = merge_ + merge_buffer_ * C::merge_floats(columns_);
     auto* states = reinterpret_cast<State*>(shared) + warp_ * columns_;
     float* rows = shared + kDecodeWarps * columns_ * 2 + warp_ * columns_ * C::kRowFloats;
@@ -391,23 +388,11 @@ class Decoder {
 #pragma unroll
         for (int k = 0; k < C::kSteps; ++k) row[k * 16] = o[n][k][j], row[k * 16 + 8] = o[n][k][j + 2];
       }
-    __syncwarp();
-    if (lane_ == 0) barrier_arrive(barriers_ + merge_buffer_ * 8);
   }
 
   // Group k of this thread: a quad of elements of a column.
   __device__ __forceinline__ static int column_of(int k) { return (k * kDecodeThreads + threadIdx.x) / kQuads; }
   __device__ __forceinline__ static int element_of() { return threadIdx.x % kQuads * 4; }
-
-  // Merges the chunk that was put down last into the row's state, or leaves its state in memory for a cut row.
-  __device__ __forceinline__ void merge_chunk(const Item& item, int chunk, float4 (&outputs)[kGroups], State (&states)[kGroups]) {
-    barrier_wait(barriers_ + merge_buffer_ * 8, phases_ >> merge_buffer_ & 1);
-    phases_ ^= 1 << merge_buffer_;
-    merge_warps(outputs, states);
-    if (C::merge_buffers(columns_) == 2) merge_buffer_ ^= 1;
-    else __syncthreads();  // before the next state is put there
-    if (item.slot >= 0) leave(item, chunk, outputs, states);
-  }
 
   // Merges the four warps' states, and that into the state of the row, or in its place for a split row.
   __device__ __forceinline__ void merge_warps(float4 (&outputs)[kGroups], State (&row)[kGroups]) const {
