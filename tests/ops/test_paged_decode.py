@@ -28,7 +28,7 @@ DECODED = (
     (4, 2, 80),
 )
 # Borders of tiles (16 keys), chunks (256, 512) and the change from one chunk size to the next
-LENGTHS = [1, 15, 16, 17, 63, 64, 65, 255, 256, 257, 0, 1000, 4097, 8191, 8193, 12800]
+LENGTHS = [1, 15, 16, 17, 63, 64, 65, 255, 256, 257, 0, 1000, 4097, 8193]
 
 
 def random(

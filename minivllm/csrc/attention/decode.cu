@@ -31,7 +31,12 @@ struct Config {
   static __host__ __device__ int merge_buffers(int columns) { return columns <= 4 ? 2 : 1; }
   // Tiles of a warp that are in shared memory or on their way: `stages`.
   static __host__ __device__ int pipeline_bytes(int stages) { return kDecodeWarps * stages * 2 * kTileBytes; }
-  static int shared_bytes(int columns, int stages) { return pipeline_bytes(stages) + merge_buffers(columns) * merge_floats(columns) * 4; }
+  // The queries of a long head stay in shared memory: beside its sums the registers have no room.
+  static constexpr bool kQueriesInShared = kHeadDim > 128;
+  static constexpr int kQueryWords = kQueriesInShared ? kColumnTiles * kSteps * 2 * 32 : 0;
+  static int shared_bytes(int columns, int stages) {
+    return pipeline_bytes(stages) + (merge_buffers(columns) * merge_floats(columns) + kQueryWords) * 4;
+  }
 };
 
 // A run of chunks of one row and head. slot < 0: all of them.
@@ -89,13 +94,14 @@ class Decoder {
   static constexpr int D = C::kHeadDim, NT = C::kColumnTiles;
   static constexpr int kQuads = D / 4;  // of a column; a thread merges kGroups of all columns' quads
   static constexpr int kGroups = kQuads * C::kColumns / kDecodeThreads;
-  static constexpr int kAtOnce = D > 128 ? 4 : 16;  // states that are loaded before the first is merged
+  static constexpr int kAtOnce = 16;  // states that are loaded before the first is merged
 
  public:
   __device__ Decoder(const Problem& call, char* shared)
       : call_(call), warp_(threadIdx.x / 32), lane_(threadIdx.x % 32), g_(lane_ / 4), t_(lane_ % 4) {
     columns_ = call.columns;
     merge_ = reinterpret_cast<float*>(shared + C::pipeline_bytes(call.stages));
+    queries_ = reinterpret_cast<uint32_t*>(merge_ + C::merge_buffers(columns_) * C::merge_floats(columns_));
     pipeline_ = shared_address(shared) + warp_ * (call.stages * 2 * C::kTileBytes);
     scale_ = call.scale * kLog2e;
   }
@@ -129,6 +135,7 @@ class Decoder {
   const int warp_, lane_, g_, t_;
   int columns_;
   float* merge_;
+  uint32_t* queries_;  // as fragments, [index][lane]
   uint32_t pipeline_;
   float scale_;
   // Loading runs up to stages - 1 tiles ahead of computing, perhaps into the next item.
@@ -229,7 +236,7 @@ class Decoder {
       const int index = i * 32 + lane_, row = index / C::kRowChunks, chunk = index % C::kRowChunks;
       const int key = load_.pos + row;
       const bool valid = key < load_.end && chunk * 8 < head_dim;
-      const int32_t block = blocks_[row / 8];
+      const int32_t block = row < 8 ? blocks_[0] : blocks_[1];
       const T* source = base + block * side.block_stride + (key & (block_size - 1)) * head_dim + chunk * 8;
       copy_async(target + (row * C::kRowChunks + (chunk ^ (row & 7))) * 16, valid ? source : base, valid);
     }
@@ -238,8 +245,9 @@ class Decoder {
   __device__ __forceinline__ void process(const Item& item) {
     const PlanRow& row = item.row;
     const int kv_head = item.head / call_.column_groups, column0 = item.head % call_.column_groups * C::kColumns;
-    uint32_t q[NT][C::kSteps][2];
+    Queries q;
     load_queries(row, kv_head, column0, q);
+    if (C::kQueriesInShared) __syncthreads();
     // Column c is query c / group of the sequence; it sees the keys [lowest, limit).
     int limit[NT][2], lowest[NT][2];
 #pragma unroll
@@ -281,7 +289,17 @@ class Decoder {
     }
   }
 
-  __device__ __forceinline__ void load_queries(const PlanRow& row, int kv_head, int column0, uint32_t (&q)[NT][C::kSteps][2]) const {
+  // The columns of an item as B fragments.
+  struct Queries {
+    uint32_t pairs[NT][C::kQueriesInShared ? 1 : C::kSteps][2];
+  };
+
+  __device__ __forceinline__ uint32_t query(const Queries& q, int n, int step, int j) const {
+    if constexpr (C::kQueriesInShared) return queries_[((n * C::kSteps + step) * 2 + j) * 32 + lane_];
+    else return q.pairs[n][step][j];
+  }
+
+  __device__ __forceinline__ void load_queries(const PlanRow& row, int kv_head, int column0, Queries& q) const {
     const int group = call_.shape.group, total = row.num_queries * group;
 #pragma unroll
     for (int n = 0; n < NT; ++n) {
@@ -293,13 +311,15 @@ class Decoder {
 #pragma unroll
         for (int j = 0; j < 2; ++j) {
           const int d = s * 16 + j * 8 + 2 * t_;
-          q[n][s][j] = column < total && d < call_.shape.head_dim ? *reinterpret_cast<const uint32_t*>(source + d) : 0;
+          const uint32_t pair = column < total && d < call_.shape.head_dim ? *reinterpret_cast<const uint32_t*>(source + d) : 0;
+          if constexpr (!C::kQueriesInShared) q.pairs[n][s][j] = pair;
+          else if (warp_ == 0) queries_[((n * C::kSteps + s) * 2 + j) * 32 + lane_] = pair;
         }
     }
   }
 
   // Scores of 16 keys, online softmax (Milakov and Gimelshein 2018, arXiv:1805.02867), and their values added to o.
-  __device__ __forceinline__ void tile(const uint32_t (&q)[NT][C::kSteps][2], float (&o)[NT][C::kSteps][4], float (&m)[NT][2],
+  __device__ __forceinline__ void tile(const Queries& q, float (&o)[NT][C::kSteps][4], float (&m)[NT][2],
                                        float (&l)[NT][2], int pos, bool masked, const int (&limit)[NT][2],
                                        const int (&lowest)[NT][2], int end) {
     const uint32_t keys = pipeline_ + stage_ * (2 * C::kTileBytes), values = keys + C::kTileBytes;
@@ -315,7 +335,7 @@ class Decoder {
       uint32_t a[4];
       load_matrices(a, keys + (row * C::kRowChunks + ((2 * k + lane_ / 16) ^ (row & 7))) * 16);
 #pragma unroll
-      for (int n = 0; n < NT; ++n) multiply_add<T>(s[n], a, q[n][k][0], q[n][k][1]);
+      for (int n = 0; n < NT; ++n) multiply_add<T>(s[n], a, query(q, n, k, 0), query(q, n, k, 1));
     }
 
     uint32_t p[NT][2];
