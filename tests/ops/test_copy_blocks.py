@@ -58,9 +58,20 @@ def test_random_pairs(
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_more_pairs_than_fit_a_buffer(device: str, seed: int) -> None:
-    k_cache, v_cache = caches(1000, 1, 8, 17, seed=seed, dtype=torch.float32, device=device)
-    check(k_cache, v_cache, *pairs(900, 1000, seed + 2, device))
+@pytest.mark.parametrize("head_dim", (17, 32))
+@pytest.mark.parametrize("count", (8, 33, 64, 65, 129, 512, 513, 900))
+def test_more_pairs_than_fit_a_buffer(device: str, head_dim: int, count: int, seed: int) -> None:
+    k_cache, v_cache = caches(1000, 1, 8, head_dim, seed=seed, dtype=torch.float32, device=device)
+    check(k_cache, v_cache, *pairs(count, 1000, seed + 2, device))
+
+
+@pytest.mark.gpu
+def test_more_bytes_than_fit_the_scratch_memory(seed: int) -> None:
+    k_cache, v_cache = caches(3000, 4, 16, 128, seed=seed, dtype=torch.bfloat16, device="cuda")  # 48 MB a cache
+    sources, targets = pairs(2900, 3000, seed + 2, "cuda")
+    want = [cache.index_copy(0, targets, cache[sources]) for cache in (k_cache, v_cache)]
+    ops.copy_blocks(k_cache, v_cache, sources, targets)
+    assert torch.equal(k_cache, want[0]) and torch.equal(v_cache, want[1])
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -87,14 +98,14 @@ def test_keys_and_values_in_one_allocation_with_gaps(device: str, seed: int) -> 
 @pytest.mark.parametrize("device", DEVICES)
 def test_offsets_beyond_int32(device: str) -> None:
     # Blocks 2^31 elements apart; untouched pages cost no memory on a CPU.
-    if device == "cuda":
-        pytest.skip("would need 8 GiB of device memory")
-    storage = torch.empty(2 * 2**30 + 8 * 8, dtype=torch.float16)
+    if device == "cuda" and torch.cuda.mem_get_info()[0] < 6 * 2**30:
+        pytest.skip("needs 6 GiB of device memory")
+    storage = torch.empty(2**31 + 8 * 8, dtype=torch.float16, device=device)
     cache = storage.as_strided((2, 1, 8, 8), (2**31, 64, 8, 1))
-    other = torch.zeros(2, 1, 8, 8, dtype=torch.float16)
-    cache[0], other[0] = torch.arange(64).view(8, 8), 7
-    ops.copy_blocks(cache, other, torch.tensor([0]), torch.tensor([1]))
-    assert torch.equal(storage[2**31 :], torch.arange(64, dtype=torch.float16)) and (other == 7).all()
+    other = torch.zeros(2, 1, 8, 8, dtype=torch.float16, device=device)
+    cache[0], other[0] = torch.arange(64, device=device).view(8, 8), 7
+    ops.copy_blocks(cache, other, torch.tensor([0], device=device), torch.tensor([1], device=device))
+    assert torch.equal(storage[2**31 :], torch.arange(64, dtype=torch.float16, device=device)) and (other == 7).all()
 
 
 @pytest.mark.parametrize("device", DEVICES)
