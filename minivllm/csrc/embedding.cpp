@@ -43,8 +43,8 @@ STABLE_TORCH_LIBRARY_IMPL(minivllm, CPU, m) { m.impl("embedding", TORCH_BOX(&emb
 namespace {
 
 Tensor embedding_cuda(const Tensor& token_ids, const Tensor& weight, int64_t vocab_start) {
-  const CudaScope scope(weight);
   Tensor out = check_and_allocate(token_ids, weight);
+  const CudaScope scope(weight);
   const EmbeddingTable table{weight.data_ptr(), weight.stride(0), weight.size(0), weight.size(1),
                              static_cast<int64_t>(weight.element_size())};
   check_launch("embedding",

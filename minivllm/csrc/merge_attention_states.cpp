@@ -99,8 +99,8 @@ AttentionState cuda_state(const Tensor& out, const Tensor& lse) {
 }
 
 std::tuple<Tensor, Tensor> merge_cuda(const Tensor& out_a, const Tensor& lse_a, const Tensor& out_b, const Tensor& lse_b) {
-  const CudaScope scope(out_a);
   Merged merged = check_and_allocate(out_a, lse_a, out_b, lse_b);
+  const CudaScope scope(out_a);
   check_launch("merge_attention_states",
                launch_merge_attention_states(cuda_state(out_a, lse_a), cuda_state(out_b, lse_b),
                                              {out_a.size(0), out_a.size(1), out_a.size(2)}, merged.out.data_ptr(),

@@ -24,6 +24,9 @@ __global__ void __launch_bounds__(kThreads) merge_kernel(AttentionState a, Atten
   const V* from_b = reinterpret_cast<const V*>(static_cast<const T*>(b.out) + token * b.token_stride + head * b.head_stride);
   V* target = reinterpret_cast<V*>(out) + static_cast<int64_t>(row) * vectors;
 
+  // The first vectors are on their way while the shares are computed; an empty side may hold NaN, so it is replaced and not scaled.
+  V va{}, vb{};
+  if (static_cast<int>(threadIdx.x) < vectors) va = from_a[threadIdx.x], vb = from_b[threadIdx.x];
   const bool has_a = lse_a != -INFINITY, has_b = lse_b != -INFINITY;
   const float largest = fmaxf(lse_a, lse_b);
   const float mass_a = has_a ? expf(lse_a - largest) : 0.0f, mass_b = has_b ? expf(lse_b - largest) : 0.0f;
@@ -32,12 +35,13 @@ __global__ void __launch_bounds__(kThreads) merge_kernel(AttentionState a, Atten
   if (threadIdx.x == 0) lse[row] = has_a || has_b ? largest + logf(mass) : -INFINITY;
 
   for (int i = threadIdx.x; i < vectors; i += blockDim.x) {
-    V va{}, vb{}, merged;  // an empty side may hold NaN: zeros stand for it, and it is not even read
-    if (has_a) va = from_a[i];
-    if (has_b) vb = from_b[i];
+    if (i >= static_cast<int>(blockDim.x)) va = from_a[i], vb = from_b[i];
+    V merged;
 #pragma unroll
-    for (int j = 0; j < N; ++j)
-      merged.data[j] = narrow<T>((mass_a * widen(va.data[j]) + mass_b * widen(vb.data[j])) * share);
+    for (int j = 0; j < N; ++j) {
+      const float x = has_a ? widen(va.data[j]) : 0.0f, y = has_b ? widen(vb.data[j]) : 0.0f;
+      merged.data[j] = narrow<T>((mass_a * x + mass_b * y) * share);
+    }
     target[i] = merged;
   }
 }

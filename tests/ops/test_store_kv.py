@@ -9,7 +9,7 @@ from torch import Tensor
 
 from minivllm import ops
 from minivllm.ops.store_kv import store_kv_reference
-from tests.ops.support import DEVICES, FLOAT_DTYPES, generator, no_device_sync, opcheck, randn
+from tests.ops.support import DEVICES, FLOAT_DTYPES, generator, randn
 
 
 def slots(num_tokens: int, num_slots: int, seed: int, device: str) -> Tensor:
@@ -83,30 +83,6 @@ def test_offsets_beyond_int32(device: str) -> None:
     assert torch.equal(other[1, 0, 3], k.flatten()) and other[0].count_nonzero() == 0
 
 
-@pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("dtype", FLOAT_DTYPES)
-def test_opcheck(device: str, dtype: torch.dtype, seed: int) -> None:
-    k, v = (randn(3, 2, 64, seed=seed + i, dtype=dtype, device=device) for i in (1, 2))
-    k_cache, v_cache = (randn(2, 2, 16, 64, seed=seed + i, dtype=dtype, device=device) for i in (3, 4))
-    opcheck(torch.ops.minivllm.store_kv.default, k, v, k_cache, v_cache, torch.tensor([31, -1, 4], device=device))
-
-
-@pytest.mark.parametrize("device", DEVICES)
-def test_composes_with_torch_compile(device: str, seed: int) -> None:
-    slot_mapping = torch.tensor([5, 30, -1], device=device)
-
-    def block(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor) -> Tensor:
-        ops.store_kv(k * 2, v + 1, k_cache, v_cache, slot_mapping)
-        return k_cache.sum() + v_cache.sum()
-
-    k, v = (randn(3, 2, 64, seed=seed + i, dtype=torch.float32, device=device) for i in (1, 2))
-    caches = [randn(2, 2, 16, 64, seed=seed + i, dtype=torch.float32, device=device) for i in (3, 4)]
-    eager, compiled = [x.clone() for x in caches], [x.clone() for x in caches]
-    total = block(k, v, *eager)
-    torch.testing.assert_close(torch.compile(block, fullgraph=True)(k, v, *compiled), total)
-    assert all(torch.equal(a, b) for a, b in zip(eager, compiled, strict=True))
-
-
 def good_arguments(device: str) -> dict[str, Any]:
     return {
         "k": torch.ones(3, 2, 8, device=device),
@@ -159,11 +135,3 @@ def test_a_slot_beyond_the_cache_is_an_error_and_writes_nothing(bad: int, implem
     with pytest.raises(RuntimeError, match=rf"slot_mapping holds {bad}, expected less than 64"):
         implementation(**arguments)
     assert arguments["k_cache"].count_nonzero() == 0
-
-
-@pytest.mark.gpu
-def test_reference_needs_no_sync_on_cuda(seed: int) -> None:
-    arguments = good_arguments("cuda")
-    ops.store_kv(**arguments)
-    with no_device_sync():
-        ops.store_kv(**arguments)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from minivllm import ops
 from minivllm.ops.swap_blocks import swap_blocks_reference
-from tests.ops.support import DEVICES, FLOAT_DTYPES, generator, no_device_sync, opcheck, randn
+from tests.ops.support import DEVICES, FLOAT_DTYPES, generator, no_device_sync, randn
 
 # Where source and target lie; "pinned" is host memory.
 PLACES = (
@@ -81,13 +81,6 @@ def test_offsets_beyond_int32(source: str, target: str) -> None:
     check(far, near, one, two)
 
 
-@pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("dtype", FLOAT_DTYPES)
-def test_opcheck_on_one_device(device: str, dtype: torch.dtype, seed: int) -> None:
-    a, b = (randn(4, 2, 16, 8, seed=seed + i, dtype=dtype, device=device) for i in (0, 1))
-    opcheck(torch.ops.minivllm.swap_blocks.default, a, b, *random_ids(3, 4, 4, seed + 2, device))
-
-
 @pytest.mark.parametrize("name", ("source_ids", "target_ids"))
 @pytest.mark.parametrize(("bad", "wanted"), ((4, "less than 4"), (2**40, "less than 4"), (-1, "at least 0")))
 @pytest.mark.parametrize("implementation", (ops.swap_blocks, swap_blocks_reference))
@@ -105,7 +98,6 @@ def test_an_id_out_of_range_is_an_error_and_writes_nothing(
 BAD: dict[str, tuple[Callable[[], tuple[Tensor, Tensor]], str]] = {
     "other heads": (lambda: (torch.ones(4, 2, 8, 2), torch.ones(4, 1, 8, 2)), r"target has shape \[4, 1, 8, 2\]"),
     "other block size": (lambda: (torch.ones(4, 1, 8, 2), torch.ones(4, 1, 16, 2)), "target has shape"),
-    "other dtype": (lambda: (torch.ones(4, 1, 8, 2), torch.ones(4, 1, 8, 2).half()), "target has dtype"),
     "block size 12": (lambda: (torch.ones(4, 1, 12, 2), torch.ones(4, 1, 12, 2)), "source has block_size=12"),
     "padded rows": (lambda: (torch.ones(4, 1, 8, 2), torch.ones(4, 1, 8, 3)[..., :2]), "target has strides"),
 }
@@ -115,7 +107,8 @@ BAD: dict[str, tuple[Callable[[], tuple[Tensor, Tensor]], str]] = {
 @pytest.mark.parametrize("case", BAD)
 def test_bad_input_is_named(device: str, case: str) -> None:
     make, message = BAD[case]
-    source, target = (tensor.to(device) for tensor in make())
+    with torch.device(device):
+        source, target = make()
     ids = torch.zeros(1, dtype=torch.int64, device=device)
     with pytest.raises(RuntimeError, match=f"minivllm::swap_blocks: {message}"):
         ops.swap_blocks(source, target, ids, ids)
