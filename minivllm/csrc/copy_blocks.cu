@@ -12,10 +12,12 @@
 namespace minivllm {
 namespace {
 
-constexpr int kHeld = 4;           // vectors of 16 bytes a thread holds
 constexpr int kMaxThreads = 1024;
-constexpr int kFewest = 8;         // vectors of a slice: 128 bytes in a row are still read at full speed
-constexpr int64_t kMaxPairs = kHeld * kMaxThreads / kFewest;
+constexpr int kHeld = 4;      // vectors a thread holds
+constexpr int kWidest = 32;   // vectors of a slice, for few pairs; 16 bytes each
+constexpr int kNarrow = 8;    // 128 bytes in a row are still read at full speed,
+constexpr int kNarrowest = 4; // 64 are what the memory reads at least
+constexpr int64_t kMaxPairs = kHeld * kMaxThreads / kNarrowest;
 constexpr int64_t kScratchBytes = 32 << 20;  // about what stays in the L2 between the gather and the scatter
 constexpr int64_t kSliceAlignment = 128;
 
@@ -52,8 +54,9 @@ __global__ void __launch_bounds__(kMaxThreads) copy_slices_kernel(Cache<V> k, Ca
 template <typename V>
 const char* copy_slices(Cache<V> k, Cache<V> v, int64_t vectors, const int64_t* sources, const int64_t* targets, int n,
                         cudaStream_t stream) {
-  int width = 32;  // vectors of a slice: wide for few pairs, so that a CTA's work stays about the same
-  while (width > kFewest && n * width > 256 * kHeld) width /= 2;
+  int width = kWidest;  // narrower for more pairs, so that a CTA's work grows slowly
+  while (width > kNarrow && n * width > 256 * kHeld) width /= 2;
+  if (n * width > kMaxThreads * kHeld) width = kNarrowest;
   const int pairs = n * width <= 256 ? 1 : kHeld;
   const int64_t slices = (vectors + width - 1) / width;
   if (slices > 1073741823) return "a block has more than 2^30 slices";

@@ -11,7 +11,7 @@ struct CopyBlocksCache {
   int64_t block_stride;
 };
 
-// Bytes of scratch memory that a call needs; 0 for up to a few hundred pairs.
+// Bytes of scratch memory that a call needs; 0 for up to about a thousand pairs.
 int64_t copy_blocks_workspace(int64_t num_pairs, int64_t block_bytes);
 
 const char* launch_copy_blocks(CopyBlocksCache k, CopyBlocksCache v, int64_t block_bytes, const int64_t* sources,

@@ -9,8 +9,7 @@
 namespace minivllm {
 namespace {
 
-constexpr int kThreads = 256;
-constexpr int kTokens = 2;  // tokens a thread has in flight
+constexpr int kThreads = 128;  // small, so that a decode step's few tokens spread over more SMs
 
 // Strides in V. A cache's block is [heads][block_size][row].
 template <typename V>
@@ -25,31 +24,18 @@ struct Side {
 template <typename V>
 __global__ void __launch_bounds__(kThreads)
     store_kv_kernel(Side<V> k, Side<V> v, const int64_t* slots, int64_t num_tokens, int heads, int log2_block_size, int row) {
-  const int64_t first = static_cast<int64_t>(blockIdx.x) * (blockDim.z * kTokens) + threadIdx.z;
-  int64_t slot[kTokens];
-#pragma unroll
-  for (int t = 0; t < kTokens; ++t) {
-    const int64_t token = first + t * blockDim.z;
-    slot[t] = token < num_tokens ? slots[token] : -1;
-  }
+  const int64_t token = static_cast<int64_t>(blockIdx.x) * blockDim.z + threadIdx.z;
+  if (token >= num_tokens) return;
+  const int64_t slot = slots[token];
+  const int64_t block = slot >> log2_block_size, offset = slot & ((1 << log2_block_size) - 1);
   for (int head = threadIdx.y; head < heads; head += blockDim.y) {
     for (int column = threadIdx.x; column < row; column += blockDim.x) {
-      V key[kTokens], value[kTokens];
-#pragma unroll
-      for (int t = 0; t < kTokens; ++t) {
-        const int64_t token = first + t * blockDim.z;
-        if (token >= num_tokens) continue;
-        key[t] = k.from[token * k.token_stride + head * k.head_stride + column];
-        value[t] = v.from[token * v.token_stride + head * v.head_stride + column];
-      }
-#pragma unroll
-      for (int t = 0; t < kTokens; ++t) {
-        if (slot[t] < 0) continue;
-        const int64_t block = slot[t] >> log2_block_size, offset = slot[t] & ((1 << log2_block_size) - 1);
-        const int64_t place = ((static_cast<int64_t>(head) << log2_block_size) + offset) * row + column;
-        k.cache[block * k.block_stride + place] = key[t];
-        v.cache[block * v.block_stride + place] = value[t];
-      }
+      const V key = k.from[token * k.token_stride + head * k.head_stride + column];
+      const V value = v.from[token * v.token_stride + head * v.head_stride + column];
+      if (slot < 0) continue;
+      const int64_t place = ((static_cast<int64_t>(head) << log2_block_size) + offset) * row + column;
+      k.cache[block * k.block_stride + place] = key;
+      v.cache[block * v.block_stride + place] = value;
     }
   }
 }
@@ -76,7 +62,7 @@ const char* launch_store_kv(const StoreKvSide& k, const StoreKvSide& v, const in
     const int x = static_cast<int>(std::min<int64_t>(row, kThreads));
     const int y = static_cast<int>(std::min<int64_t>(sizes.num_kv_heads, kThreads / x));
     const int z = std::min(kThreads / (x * y), 64);  // 64: CUDA's limit of blockDim.z
-    const int64_t ctas = (sizes.num_tokens + z * kTokens - 1) / (z * kTokens);
+    const int64_t ctas = (sizes.num_tokens + z - 1) / z;
     if (ctas > 2147483647) return "more than 2^31 - 1 blocks of tokens";
     int log2_block_size = 0;
     while ((int64_t{1} << log2_block_size) < sizes.block_size) ++log2_block_size;

@@ -8,7 +8,7 @@
 namespace minivllm {
 namespace {
 
-constexpr int64_t kBusCtas = 32;  // 16 KiB in flight each; PCIe 5 x16 x 2 us asks for about 120 KiB
+constexpr int64_t kBusCtas = 16;  // 16 KiB in flight each; on an H200 with PCIe 5 8 are as fast as 1056, 4 are slower
 constexpr int64_t kDeviceCtas = 1 << 20;
 
 }  // namespace

@@ -93,6 +93,18 @@ def good_arguments(device: str) -> dict[str, Any]:
     }
 
 
+@pytest.mark.parametrize("device", DEVICES)
+def test_tokens_far_apart(device: str) -> None:
+    if device == "cuda" and torch.cuda.mem_get_info()[0] < 6 * 2**30:
+        pytest.skip("needs 6 GiB of device memory")
+    storage = torch.empty(2**31 + 8 * 8, dtype=torch.float16, device=device)
+    k = storage.as_strided((2, 1, 8), (2**31, 8, 1))
+    k[1] = torch.arange(8)
+    k_cache, v_cache = torch.zeros(2, 1, 1, 8, 8, dtype=torch.float16, device=device)
+    ops.store_kv(k, k, k_cache, v_cache, torch.tensor([-1, 5], device=device))
+    assert torch.equal(k_cache[0, 0, 5], k[1, 0]) and torch.equal(v_cache, k_cache)
+
+
 BAD: dict[str, tuple[str, Callable[[Tensor], Tensor], str]] = {
     "k of int": ("k", lambda t: t.int(), "k has dtype"),
     "v of another shape": ("v", lambda t: t[:, :1], r"v has shape \[3, 1, 8\]"),
