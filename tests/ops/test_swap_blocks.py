@@ -154,3 +154,19 @@ def test_swaps_in_a_cuda_graph_out_and_back(seed: int) -> None:
         graph.replay()
         torch.cuda.synchronize()
         assert torch.equal(out[:3], cache[sources]) and torch.equal(host[:3], cache[sources].cpu())
+
+
+@pytest.mark.gpu
+def test_composes_with_torch_compile_across_devices(seed: int) -> None:
+    @torch.compile(fullgraph=True)
+    def out_and_back(cache: Tensor, host: Tensor, ids: Tensor) -> Tensor:
+        ops.swap_blocks(cache, host, ids, ids)
+        ops.swap_blocks(host, cache, ids, ids.flip(0))
+        return cache[0] * 2
+
+    cache = randn(4, 2, 16, 64, seed=seed, dtype=torch.bfloat16, device="cuda")
+    host = torch.zeros(4, 2, 16, 64, dtype=torch.bfloat16).pin_memory()
+    want = cache[:3].flip(0)
+    assert torch.equal(out_and_back(cache, host, torch.arange(3, device="cuda")), want[0] * 2)
+    torch.cuda.synchronize()
+    assert torch.equal(cache[:3], want) and torch.equal(host[:3].cuda(), want.flip(0))
