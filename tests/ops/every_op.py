@@ -153,6 +153,13 @@ def _fewer_sequences(arguments: Arguments) -> None:
     arguments["cu_seqlens_q"].clamp_(max=int(arguments["cu_seqlens_q"][2]))
 
 
+def _plan_paged_attention(make: Maker) -> Arguments:
+    given = _paged_attention(make)
+    return {name: given[name] for name in ("seq_lens", "cu_seqlens_q", "max_seqlen_q")} | {
+        **{"max_seqlen_k": 64, "num_heads": 4, "num_kv_heads": 2, "head_dim": 64},
+    }
+
+
 def _merge_attention_states(make: Maker) -> Arguments:
     single = torch.float32
     return {
@@ -214,7 +221,8 @@ class Entry:
     """make: arguments of a device, dtype and seed. written: the arguments that the op writes.
 
     fewer: changes arguments in place, as a later replay of a CUDA graph may do: fewer rows, other lengths. leading:
-    arguments that may have any number of dimensions. syncs: the reference waits for the device.
+    arguments that may have any number of dimensions. syncs: the reference waits for the device. opaque: the results
+    mean something to another op alone and are not looked at.
     """
 
     make: Callable[[Maker], Arguments]
@@ -223,6 +231,7 @@ class Entry:
     leading: tuple[str, ...] = ()
     dtypes: tuple[torch.dtype, ...] = FLOAT_DTYPES
     syncs: bool = False
+    opaque: bool = False
 
 
 _CACHES = ("k_cache", "v_cache")
@@ -238,6 +247,7 @@ TABLE: dict[str, Entry] = {
     "merge_attention_states": Entry(_merge_attention_states, fewer=_one_side_empty),
     "packed_linear": Entry(_packed_linear, dtypes=(torch.float32,)),
     "paged_attention": Entry(_paged_attention, fewer=_fewer_sequences, syncs=True),
+    "plan_paged_attention": Entry(_plan_paged_attention, dtypes=(torch.float32,), opaque=True),
     "qk_norm_rope_store": Entry(_qk_norm_rope_store, ("q", *_CACHES), _skip_tokens),
     "rms_norm": Entry(_rms_norm, leading=("x",)),
     "sample": Entry(_sample, fewer=_other_requests),

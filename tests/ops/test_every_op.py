@@ -46,7 +46,7 @@ def contiguous(arguments: Arguments) -> Arguments:
 def run(name: str, function: Callable[..., Any], arguments: Arguments) -> list[Tensor]:
     """All that a call gives: its results, then the arguments that it wrote."""
     out = function(**arguments)
-    results = [] if out is None else [out] if isinstance(out, Tensor) else list(out)
+    results = [] if out is None or TABLE[name].opaque else [out] if isinstance(out, Tensor) else list(out)
     return results + [arguments[written] for written in TABLE[name].written]
 
 
@@ -222,6 +222,8 @@ def test_a_wrong_tensor_is_named_and_nothing_is_written(
     entry = TABLE[name]
     dtype = torch.bfloat16 if torch.bfloat16 in entry.dtypes else entry.dtypes[0]
     arguments = fresh(name, device, dtype, seed)
+    if argument not in tensors(arguments):
+        pytest.skip("its entry leaves it out")
     floats = [key for key, value in tensors(arguments).items() if value.dtype == dtype]
     if change is other_float and (argument not in floats or len(floats) < 2):
         pytest.skip("its dtype binds no other argument")
