@@ -1,9 +1,12 @@
-// copy_blocks on the CPU. What lies at one offset of a target depends on the sources at that offset alone, so the blocks are cut
+// copy_blocks: argument checks, the CPU kernel, and the border to the CUDA kernels of copy_blocks.cu.
+// On the CPU as on CUDA: what lies at one offset of a target depends on the sources at that offset alone, so the blocks are cut
 // into slices: all sources of a slice are read into a buffer that stays in the cache, then all targets are written. No pair has
 // to be compared with another, and slices are what threads share.
 #include "common/check.h"
 #include "common/cpu.h"
+#include "common/cuda_border.h"
 #include "common/kv_cache.h"
+#include "copy_blocks.h"
 
 #include <algorithm>
 #include <memory>
@@ -16,24 +19,14 @@ constexpr int64_t kSmallestSlice = 256;  // bytes: four cache lines in a row are
 
 const int64_t* ids(const Tensor& t) { return static_cast<const int64_t*>(t.data_ptr()); }
 
-void check_ids(const Check& check, const char* name, const Tensor& t) {
-  const int64_t n = check["n"], num_blocks = check["num_blocks"];
-  const int64_t* id = ids(t);
-  for (int64_t i = 0; i < n; ++i)
-    if (id[i] < 0 || id[i] >= num_blocks)
-      check.fail(std::string(name) + " holds " + std::to_string(id[i]) + ", expected " +
-                 (id[i] < 0 ? "at least 0" : "less than " + std::to_string(num_blocks)));
-}
-
-void check_copy(const Tensor& k_cache, const Tensor& v_cache, const Tensor& sources, const Tensor& targets) {
+Check check_copy(const Tensor& k_cache, const Tensor& v_cache, const Tensor& sources, const Tensor& targets) {
   Check check("copy_blocks", k_cache);
   check.tensor("k_cache", k_cache, {"num_blocks", "num_kv_heads", "block_size", "head_dim"}, MINIVLLM_FLOATS);
   check_cache(check, "k_cache", k_cache, k_cache.scalar_type());
   check_cache(check, "v_cache", v_cache, k_cache.scalar_type());
   check.tensor("sources", sources, {"n"}, {ScalarType::Long});
   check.tensor("targets", targets, {"n"}, {ScalarType::Long});
-  check_ids(check, "sources", sources);
-  check_ids(check, "targets", targets);
+  return check;
 }
 
 struct Pairs {
@@ -48,10 +41,11 @@ void copy_slice(char* blocks, int64_t stride, int64_t bytes, const Pairs& pairs,
 }
 
 void copy_blocks_cpu(Tensor k_cache, Tensor v_cache, const Tensor& sources, const Tensor& targets) {
-  check_copy(k_cache, v_cache, sources, targets);
+  const Check check = check_copy(k_cache, v_cache, sources, targets);
+  check_ids(check, "sources", sources, k_cache.size(0));
+  check_ids(check, "targets", targets, k_cache.size(0));
   const Pairs pairs{ids(sources), ids(targets), sources.size(0)};
-  const int64_t element = static_cast<int64_t>(k_cache.element_size());
-  const int64_t block = k_cache.size(1) * k_cache.size(2) * k_cache.size(3) * element;
+  const int64_t block = block_bytes(k_cache);
   if (pairs.count == 0 || block == 0) return;
   const int64_t slice = std::min(block, std::max(kBufferBytes / pairs.count, kSmallestSlice));
   const int64_t num_slices = (block + slice - 1) / slice;
@@ -60,7 +54,7 @@ void copy_blocks_cpu(Tensor k_cache, Tensor v_cache, const Tensor& sources, cons
     for (int64_t s = begin; s < end; ++s) {
       const Tensor& cache = s < num_slices ? k_cache : v_cache;
       const int64_t offset = s % num_slices * slice;
-      copy_slice(static_cast<char*>(cache.data_ptr()) + offset, cache.stride(0) * element,
+      copy_slice(static_cast<char*>(cache.data_ptr()) + offset, block_stride_bytes(cache),
                  std::min(slice, block - offset), pairs, buffer.get());
     }
   });
@@ -69,5 +63,25 @@ void copy_blocks_cpu(Tensor k_cache, Tensor v_cache, const Tensor& sources, cons
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(minivllm, CPU, m) { m.impl("copy_blocks", TORCH_BOX(&copy_blocks_cpu)); }
+
+#ifdef MINIVLLM_CUDA
+namespace {
+
+void copy_blocks_cuda(Tensor k_cache, Tensor v_cache, const Tensor& sources, const Tensor& targets) {
+  check_copy(k_cache, v_cache, sources, targets);
+  const CudaScope scope(k_cache);
+  const int64_t num_pairs = sources.size(0), bytes = block_bytes(k_cache);
+  const int64_t scratch_bytes = copy_blocks_workspace(num_pairs, bytes);
+  const Tensor scratch = torch::stable::new_empty(sources, {scratch_bytes}, ScalarType::Byte);
+  check_launch("copy_blocks",
+               launch_copy_blocks({k_cache.data_ptr(), block_stride_bytes(k_cache)},
+                                  {v_cache.data_ptr(), block_stride_bytes(v_cache)}, bytes, ids(sources), ids(targets),
+                                  num_pairs, scratch.data_ptr(), scope.stream()));
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(minivllm, CUDA, m) { m.impl("copy_blocks", TORCH_BOX(&copy_blocks_cuda)); }
+#endif
 
 }  // namespace minivllm

@@ -12,8 +12,10 @@ from minivllm.ops._load import load as _load_kernels
 from minivllm.ops._register import served_by
 from minivllm.ops._toolchain import BuildError
 from minivllm.ops.copy_blocks import copy_blocks
+from minivllm.ops.embedding import embedding
 from minivllm.ops.flash_attention import flash_attention
 from minivllm.ops.logprobs import token_logprobs
+from minivllm.ops.merge_attention_states import merge_attention_states
 from minivllm.ops.packed_linear import pack_linear_weight, packed_linear, prefers_packed
 from minivllm.ops.paged_attention import paged_attention, plan_paged_attention
 from minivllm.ops.penalties import apply_penalties, count_tokens
@@ -22,6 +24,7 @@ from minivllm.ops.rope import apply_rope, rope_cos_sin_cache
 from minivllm.ops.sample import sample
 from minivllm.ops.silu_and_mul import silu_and_mul
 from minivllm.ops.store_kv import store_kv
+from minivllm.ops.swap_blocks import swap_blocks
 
 __all__ = [
     "BuildError",
@@ -31,8 +34,10 @@ __all__ = [
     "build_info",
     "copy_blocks",
     "count_tokens",
+    "embedding",
     "flash_attention",
     "fused_add_rms_norm",
+    "merge_attention_states",
     "pack_linear_weight",
     "packed_linear",
     "paged_attention",
@@ -44,6 +49,7 @@ __all__ = [
     "served_by",
     "silu_and_mul",
     "store_kv",
+    "swap_blocks",
     "token_logprobs",
 ]
 

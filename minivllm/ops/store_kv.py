@@ -18,9 +18,10 @@ from minivllm.ops._register import define
 BLOCK_SIZES = (8, 16, 32, 64, 128, 256)
 
 
-def check_cache(check: Check, name: str, cache: Tensor, dtype: torch.dtype) -> None:
-    """One of k_cache and v_cache in the layout above; binds num_blocks, num_kv_heads, block_size and head_dim."""
-    check.tensor(name, cache, "num_blocks num_kv_heads block_size head_dim", (dtype,))
+def check_cache(check: Check, name: str, cache: Tensor, dtype: torch.dtype, blocks: str = "num_blocks") -> None:
+    """A cache in the layout above; binds num_blocks (or the word in `blocks`), num_kv_heads, block_size and
+    head_dim."""
+    check.tensor(name, cache, f"{blocks} num_kv_heads block_size head_dim", (dtype,))
     _, num_kv_heads, block_size, head_dim = cache.shape
     if block_size not in BLOCK_SIZES:
         check.fail(f"{name} has block_size={block_size}, expected a power of two from 8 to 256")

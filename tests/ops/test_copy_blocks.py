@@ -9,7 +9,7 @@ from torch import Tensor
 
 from minivllm import ops
 from minivllm.ops.copy_blocks import copy_blocks_reference
-from tests.ops.support import DEVICES, FLOAT_DTYPES, generator, no_device_sync, opcheck, randn
+from tests.ops.support import DEVICES, FLOAT_DTYPES, generator, randn
 
 
 def pairs(count: int, num_blocks: int, seed: int, device: str) -> tuple[Tensor, Tensor]:
@@ -40,10 +40,6 @@ def check(k_cache: Tensor, v_cache: Tensor, sources: Tensor, targets: Tensor) ->
     assert torch.equal(k_cache, want[0]) and torch.equal(v_cache, want[1])
 
 
-def test_a_kernel_serves_the_cpu() -> None:
-    assert (ops.served_by()["copy_blocks"]["CPU"] == "kernel") == (ops.build_info().kind != "reference")
-
-
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", FLOAT_DTYPES)
 @pytest.mark.parametrize(
@@ -58,9 +54,20 @@ def test_random_pairs(
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_more_pairs_than_fit_a_buffer(device: str, seed: int) -> None:
-    k_cache, v_cache = caches(1000, 1, 8, 17, seed=seed, dtype=torch.float32, device=device)
-    check(k_cache, v_cache, *pairs(900, 1000, seed + 2, device))
+@pytest.mark.parametrize("head_dim", (17, 32))
+@pytest.mark.parametrize("count", (8, 33, 64, 65, 129, 512, 513, 1024, 1025, 1100))
+def test_more_pairs_than_fit_a_buffer(device: str, head_dim: int, count: int, seed: int) -> None:
+    k_cache, v_cache = caches(1200, 1, 8, head_dim, seed=seed, dtype=torch.float32, device=device)
+    check(k_cache, v_cache, *pairs(count, 1200, seed + 2, device))
+
+
+@pytest.mark.gpu
+def test_more_bytes_than_fit_the_scratch_memory(seed: int) -> None:
+    k_cache, v_cache = caches(3000, 4, 16, 128, seed=seed, dtype=torch.bfloat16, device="cuda")  # 48 MB a cache
+    sources, targets = pairs(2900, 3000, seed + 2, "cuda")
+    want = [cache.index_copy(0, targets, cache[sources]) for cache in (k_cache, v_cache)]
+    ops.copy_blocks(k_cache, v_cache, sources, targets)
+    assert torch.equal(k_cache, want[0]) and torch.equal(v_cache, want[1])
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -87,14 +94,14 @@ def test_keys_and_values_in_one_allocation_with_gaps(device: str, seed: int) -> 
 @pytest.mark.parametrize("device", DEVICES)
 def test_offsets_beyond_int32(device: str) -> None:
     # Blocks 2^31 elements apart; untouched pages cost no memory on a CPU.
-    if device == "cuda":
-        pytest.skip("would need 8 GiB of device memory")
-    storage = torch.empty(2 * 2**30 + 8 * 8, dtype=torch.float16)
+    if device == "cuda" and torch.cuda.mem_get_info()[0] < 6 * 2**30:
+        pytest.skip("needs 6 GiB of device memory")
+    storage = torch.empty(2**31 + 8 * 8, dtype=torch.float16, device=device)
     cache = storage.as_strided((2, 1, 8, 8), (2**31, 64, 8, 1))
-    other = torch.zeros(2, 1, 8, 8, dtype=torch.float16)
-    cache[0], other[0] = torch.arange(64).view(8, 8), 7
-    ops.copy_blocks(cache, other, torch.tensor([0]), torch.tensor([1]))
-    assert torch.equal(storage[2**31 :], torch.arange(64, dtype=torch.float16)) and (other == 7).all()
+    other = torch.zeros(2, 1, 8, 8, dtype=torch.float16, device=device)
+    cache[0], other[0] = torch.arange(64, device=device).view(8, 8), 7
+    ops.copy_blocks(cache, other, torch.tensor([0], device=device), torch.tensor([1], device=device))
+    assert torch.equal(storage[2**31 :], torch.arange(64, dtype=torch.float16, device=device)) and (other == 7).all()
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -104,27 +111,6 @@ def test_nothing_to_copy(device: str, shape: tuple[int, ...]) -> None:
     ids = torch.arange(min(shape[0], 2), device=device)
     ops.copy_blocks(k_cache, v_cache, ids, ids.flip(0))
     assert k_cache.count_nonzero() == 0
-
-
-@pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("dtype", FLOAT_DTYPES)
-def test_opcheck(device: str, dtype: torch.dtype, seed: int) -> None:
-    k_cache, v_cache = caches(4, 2, 16, 8, seed=seed, dtype=dtype, device=device)
-    opcheck(torch.ops.minivllm.copy_blocks.default, k_cache, v_cache, *pairs(3, 4, seed + 2, device))
-
-
-@pytest.mark.parametrize("device", DEVICES)
-def test_composes_with_torch_compile(device: str, seed: int) -> None:
-    def step(k_cache: Tensor, v_cache: Tensor, sources: Tensor, targets: Tensor) -> Tensor:
-        ops.copy_blocks(k_cache, v_cache, sources, targets)
-        return k_cache[1] + v_cache[2]
-
-    k_cache, v_cache = caches(4, 2, 16, 64, seed=seed, dtype=torch.float32, device=device)
-    sources, targets = pairs(3, 4, seed + 2, device)
-    eager, compiled = (k_cache.clone(), v_cache.clone()), (k_cache, v_cache)
-    result = step(*eager, sources, targets)
-    assert torch.equal(torch.compile(step, fullgraph=True)(*compiled, sources, targets), result)
-    assert all(torch.equal(a, b) for a, b in zip(eager, compiled, strict=True))
 
 
 def good_arguments(device: str) -> dict[str, Any]:
@@ -177,18 +163,3 @@ def test_an_id_out_of_range_is_an_error_and_writes_nothing(
     with pytest.raises(RuntimeError, match=f"minivllm::copy_blocks: {name} holds {bad}, expected {wanted}"):
         implementation(**arguments)
     assert arguments["k_cache"][2:].count_nonzero() == 0 and arguments["v_cache"][2:].count_nonzero() == 0
-
-
-@pytest.mark.gpu
-def test_wrong_device_is_named() -> None:
-    arguments = good_arguments("cuda")
-    with pytest.raises(RuntimeError, match="targets is on cpu, expected cuda"):
-        ops.copy_blocks(**arguments | {"targets": arguments["targets"].cpu()})
-
-
-@pytest.mark.gpu
-def test_never_waits_for_the_device() -> None:
-    arguments = good_arguments("cuda")
-    ops.copy_blocks(**arguments)
-    with no_device_sync():
-        ops.copy_blocks(**arguments)

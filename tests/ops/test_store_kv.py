@@ -9,7 +9,7 @@ from torch import Tensor
 
 from minivllm import ops
 from minivllm.ops.store_kv import store_kv_reference
-from tests.ops.support import DEVICES, FLOAT_DTYPES, generator, no_device_sync, opcheck, randn
+from tests.ops.support import DEVICES, FLOAT_DTYPES, generator, randn
 
 
 def slots(num_tokens: int, num_slots: int, seed: int, device: str) -> Tensor:
@@ -72,39 +72,15 @@ def test_all_tokens_skipped(device: str, seed: int) -> None:
 def test_offsets_beyond_int32(device: str) -> None:
     # Blocks 2^31 elements apart: the last of them is only reached with 64-bit offsets. Untouched pages cost no memory
     # on a CPU.
-    if device == "cuda":
-        pytest.skip("would need 8 GiB of device memory")
-    storage = torch.empty(2 * 2**30 + 8 * 8, dtype=torch.float16)
+    if device == "cuda" and torch.cuda.mem_get_info()[0] < 6 * 2**30:
+        pytest.skip("needs 6 GiB of device memory")
+    storage = torch.empty(2**31 + 8 * 8, dtype=torch.float16, device=device)
     cache = storage.as_strided((2, 1, 8, 8), (2**31, 64, 8, 1))
-    other = torch.zeros(2, 1, 8, 8, dtype=torch.float16)
-    k = torch.arange(8, dtype=torch.float16).view(1, 1, 8)
-    ops.store_kv(k, k, cache, other, torch.tensor([8 + 3]))
+    other = torch.zeros(2, 1, 8, 8, dtype=torch.float16, device=device)
+    k = torch.arange(8, dtype=torch.float16, device=device).view(1, 1, 8)
+    ops.store_kv(k, k, cache, other, torch.tensor([8 + 3], device=device))
     assert torch.equal(storage[2**31 + 24 : 2**31 + 32], k.flatten())
     assert torch.equal(other[1, 0, 3], k.flatten()) and other[0].count_nonzero() == 0
-
-
-@pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("dtype", FLOAT_DTYPES)
-def test_opcheck(device: str, dtype: torch.dtype, seed: int) -> None:
-    k, v = (randn(3, 2, 64, seed=seed + i, dtype=dtype, device=device) for i in (1, 2))
-    k_cache, v_cache = (randn(2, 2, 16, 64, seed=seed + i, dtype=dtype, device=device) for i in (3, 4))
-    opcheck(torch.ops.minivllm.store_kv.default, k, v, k_cache, v_cache, torch.tensor([31, -1, 4], device=device))
-
-
-@pytest.mark.parametrize("device", DEVICES)
-def test_composes_with_torch_compile(device: str, seed: int) -> None:
-    slot_mapping = torch.tensor([5, 30, -1], device=device)
-
-    def block(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor) -> Tensor:
-        ops.store_kv(k * 2, v + 1, k_cache, v_cache, slot_mapping)
-        return k_cache.sum() + v_cache.sum()
-
-    k, v = (randn(3, 2, 64, seed=seed + i, dtype=torch.float32, device=device) for i in (1, 2))
-    caches = [randn(2, 2, 16, 64, seed=seed + i, dtype=torch.float32, device=device) for i in (3, 4)]
-    eager, compiled = [x.clone() for x in caches], [x.clone() for x in caches]
-    total = block(k, v, *eager)
-    torch.testing.assert_close(torch.compile(block, fullgraph=True)(k, v, *compiled), total)
-    assert all(torch.equal(a, b) for a, b in zip(eager, compiled, strict=True))
 
 
 def good_arguments(device: str) -> dict[str, Any]:
@@ -115,6 +91,18 @@ def good_arguments(device: str) -> dict[str, Any]:
         "v_cache": torch.zeros(4, 2, 16, 8, device=device),
         "slot_mapping": torch.tensor([0, 1, 2], device=device),
     }
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_tokens_far_apart(device: str) -> None:
+    if device == "cuda" and torch.cuda.mem_get_info()[0] < 6 * 2**30:
+        pytest.skip("needs 6 GiB of device memory")
+    storage = torch.empty(2**31 + 8 * 8, dtype=torch.float16, device=device)
+    k = storage.as_strided((2, 1, 8), (2**31, 8, 1))
+    k[1] = torch.arange(8)
+    k_cache, v_cache = torch.zeros(2, 1, 1, 8, 8, dtype=torch.float16, device=device)
+    ops.store_kv(k, k, k_cache, v_cache, torch.tensor([-1, 5], device=device))
+    assert torch.equal(k_cache[0, 0, 5], k[1, 0]) and torch.equal(v_cache, k_cache)
 
 
 BAD: dict[str, tuple[str, Callable[[Tensor], Tensor], str]] = {
@@ -159,11 +147,3 @@ def test_a_slot_beyond_the_cache_is_an_error_and_writes_nothing(bad: int, implem
     with pytest.raises(RuntimeError, match=rf"slot_mapping holds {bad}, expected less than 64"):
         implementation(**arguments)
     assert arguments["k_cache"].count_nonzero() == 0
-
-
-@pytest.mark.gpu
-def test_reference_needs_no_sync_on_cuda(seed: int) -> None:
-    arguments = good_arguments("cuda")
-    ops.store_kv(**arguments)
-    with no_device_sync():
-        ops.store_kv(**arguments)

@@ -24,6 +24,9 @@ class Check {
     throw std::runtime_error("minivllm::" + std::string(op_) + ": " + text);
   }
 
+  // The tensors checked from here on lie where `t` does.
+  void expect_device_of(const Tensor& t) { device_ = t.device(); }
+
   // Device, dtype, shape and a contiguous last dimension. A leading "..." takes any dimensions.
   void tensor(const char* name, const Tensor& t, std::initializer_list<const char*> shape,
               std::initializer_list<ScalarType> dtypes) {
@@ -106,6 +109,15 @@ class Check {
     fail(text);
   }
 };
+
+// Each of ids: [n] int64, on the CPU, lies in [lowest, size).
+inline void check_ids(const Check& check, const char* name, const Tensor& ids, int64_t size, int64_t lowest = 0) {
+  const auto* id = static_cast<const int64_t*>(ids.data_ptr());
+  for (int64_t i = 0; i < ids.size(0); ++i)
+    if (id[i] < lowest || id[i] >= size)
+      check.fail(std::string(name) + " holds " + std::to_string(id[i]) + ", expected " +
+                 (id[i] < lowest ? "at least " + std::to_string(lowest) : "less than " + std::to_string(size)));
+}
 
 #define MINIVLLM_FLOATS {ScalarType::Float, ScalarType::BFloat16, ScalarType::Half}
 

@@ -5,9 +5,10 @@
 
 namespace minivllm {
 
-// Binds num_blocks, num_kv_heads, block_size and head_dim, and makes sure that each block is contiguous.
-inline void check_cache(Check& check, const char* name, const Tensor& cache, ScalarType dtype) {
-  check.tensor(name, cache, {"num_blocks", "num_kv_heads", "block_size", "head_dim"}, {dtype});
+// Binds num_blocks (or `blocks`), num_kv_heads, block_size and head_dim, and makes sure that each block is contiguous.
+inline void check_cache(Check& check, const char* name, const Tensor& cache, ScalarType dtype,
+                        const char* blocks = "num_blocks") {
+  check.tensor(name, cache, {blocks, "num_kv_heads", "block_size", "head_dim"}, {dtype});
   const int64_t heads = cache.size(1), block_size = cache.size(2), head_dim = cache.size(3);
   if (block_size < 8 || block_size > 256 || (block_size & (block_size - 1)) != 0)
     check.fail(std::string(name) + " has block_size=" + std::to_string(block_size) +
@@ -17,5 +18,11 @@ inline void check_cache(Check& check, const char* name, const Tensor& cache, Sca
                std::to_string(cache.stride(1)) + ", " + std::to_string(cache.stride(2)) + ", " +
                std::to_string(cache.stride(3)) + "], expected each block (dimensions 1 to 3) to be contiguous");
 }
+
+inline int64_t block_bytes(const Tensor& cache) {
+  return cache.size(1) * cache.size(2) * cache.size(3) * static_cast<int64_t>(cache.element_size());
+}
+
+inline int64_t block_stride_bytes(const Tensor& cache) { return cache.stride(0) * static_cast<int64_t>(cache.element_size()); }
 
 }  // namespace minivllm
