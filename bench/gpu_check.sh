@@ -24,7 +24,7 @@ part build python3 -m minivllm build --force
 part build-info python3 -m minivllm info
 part tests python3 -m pytest tests -p no:cacheprovider
 part ops python3 -m pytest bench/ops --benchmark-only -k cuda --benchmark-json="$out/ops.json" --benchmark-columns=median -p no:cacheprovider
-part ops-table bash -c 'python3 bench/kernel_table.py "$1/ops.json" --json "$1/kernels.json" | tee "$1/kernels.md"' table "$out"
+part ops-table bash -o pipefail -c 'python3 bench/kernel_table.py "$1/ops.json" --json "$1/kernels.json" | tee "$1/kernels.md"' table "$out"
 part sanitizer compute-sanitizer --tool memcheck --error-exitcode 9 python3 bench/sanitize.py
 part sanitizer-initcheck compute-sanitizer --tool initcheck --error-exitcode 9 python3 bench/sanitize.py
 part ptxas bash .ci/compile_cuda "$out/ptxas"

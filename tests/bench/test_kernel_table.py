@@ -1,4 +1,4 @@
-"""The table of kernels: goals judged the right way round, the best peer found, only marked lines of a README changed."""
+"""The table of kernels: goals judged the right way round, the best peer found, a README changed between marks alone."""
 
 from __future__ import annotations
 
