@@ -1,6 +1,6 @@
 """Makes tables of what `pytest bench/ops --benchmark-only -k cuda --benchmark-json=OPS.json` measured on a GPU.
 
-    python bench/kernel_table.py OPS.json [--json TABLE.json] [--readme README.md]
+    python bench/kernel_table.py OPS.json ... [--json TABLE.json] [--readme README.md]
 
 Every kernel at every shape: its time, its rate and the share of what the GPU can do, each peer in the same run, the
 ratio to the best of them, and the goal. --readme puts one line an op between the two marks in that file.
@@ -203,12 +203,12 @@ def put_between_marks(file: Path, text: str) -> None:
 
 
 @click.command()
-@click.argument("ops_json", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.argument("ops_json", nargs=-1, required=True, type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @click.option("--json", "table_json", type=click.Path(path_type=Path), help="Also write the rows here.")
 @click.option("--readme", type=click.Path(exists=True, path_type=Path), help="Put the summary between its marks.")
-def main(ops_json: Path, table_json: Path | None, readme: Path | None) -> None:
-    """Print the table in Markdown."""
-    benchmarks = json.loads(ops_json.read_text(encoding="utf-8"))["benchmarks"]
+def main(ops_json: tuple[Path, ...], table_json: Path | None, readme: Path | None) -> None:
+    """Print the table in Markdown; several files of one session of a machine make one table."""
+    benchmarks = [one for file in ops_json for one in json.loads(file.read_text(encoding="utf-8"))["benchmarks"]]
     rows = rows_of(benchmarks)
     limits = next((b["extra_info"]["limits"] for b in benchmarks if "limits" in b["extra_info"]), {})
     click.echo(markdown(rows))

@@ -29,4 +29,4 @@ def test_embedding(measure: Measure, case: Case) -> None:
             "torch": lambda: functional.embedding(token_ids, weight),
         }[case.way]
 
-    measure(case, make, gigabytes=2 * rows * hidden * case.dtype.itemsize / 1e9)
+    measure(case, make, gigabytes=2 * rows * hidden * case.dtype.itemsize / 1e9, cold=True)

@@ -74,4 +74,4 @@ def test_decode(measure: Measure, case: Case) -> None:
         return ours(q, k_cache, v_cache, tables, case.ints([context] * rows))
 
     moved = 2 * rows * context * num_kv_heads * head_dim * case.dtype.itemsize
-    measure(case, make, gigabytes=moved / 1e9, limit="read")
+    measure(case, make, gigabytes=moved / 1e9, limit="read", cold=True)

@@ -49,7 +49,7 @@ def test_apply_penalties(measure: Measure, case: Case) -> None:
 
         return in_torch if case.way == "torch" else fused
 
-    measure(case, make, gigabytes=4 * num_rows * vocab / 1e9, limit="read")
+    measure(case, make, gigabytes=4 * num_rows * vocab / 1e9, limit="read", cold=True)
 
 
 @cases("count_tokens", "minivllm torch", "rows vocab", cpu=CPU, cuda=CUDA, cpu_dtypes=(torch.float32,))

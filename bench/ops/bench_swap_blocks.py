@@ -38,4 +38,4 @@ def test_swap_blocks(measure: Measure, case: Case) -> None:
         return lambda: ops.swap_blocks(source, target, source_ids, target_ids)
 
     block_bytes = SMALL.num_kv_heads * BLOCK_SIZE * SMALL.head_dim * case.dtype.itemsize
-    measure(case, make, gigabytes=blocks * block_bytes / 1e9, limit="bus")
+    measure(case, make, gigabytes=blocks * block_bytes / 1e9, limit="bus", cold=True)

@@ -32,14 +32,21 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture
 def measure(benchmark: Any) -> Measure:
-    """measure(case, make, gigabytes=..., gigaflops=..., limit="copy").
+    """measure(case, make, gigabytes=..., gigaflops=..., limit="copy", cold=False).
 
     `make()` draws one set of arguments and returns the call on them; a GPU case uses several. `gigabytes` and
-    `gigaflops` are what the call must move and compute at least, `limit` is "read" where it writes next to nothing.
+    `gigaflops` are what the call must move and compute at least, `limit` is "read" where it writes next to nothing,
+    `cold` says that the arguments come from memory however small they are (the KV cache).
     """
 
     def run(
-        case: Case, make: Callable[[], Call], *, gigabytes: float = 0.0, gigaflops: float = 0.0, limit: str = "copy"
+        case: Case,
+        make: Callable[[], Call],
+        *,
+        gigabytes: float = 0.0,
+        gigaflops: float = 0.0,
+        limit: str = "copy",
+        cold: bool = False,
     ) -> None:
         benchmark.group = case.group
         notes = benchmark.extra_info
@@ -47,7 +54,7 @@ def measure(benchmark: Any) -> Measure:
         torch.manual_seed(0)
         with torch.inference_mode():
             if case.device == "cuda":
-                timer = GpuTimer(make, gigabytes)
+                timer = GpuTimer(make, gigabytes, cold)
                 benchmark.pedantic(timer.tick, rounds=timer.rounds)
                 notes["captured"] = timer.captured
             else:

@@ -1,8 +1,9 @@
 """How a call on a GPU is timed, and what the GPU itself can do: the limits that rates are compared with.
 
-Many calls are captured into one CUDA graph over rotating sets of arguments, together larger than the L2 cache, so
-neither Python, nor launch latency, nor a warm cache counts; the time of a call is the replay's share. A call that
-cannot be captured (a peer that looks at the device from the host) is timed between two events instead.
+Many calls are captured into one CUDA graph, so neither Python nor launch latency counts; the time of a call is the
+replay's share. The calls rotate over sets of arguments that together exceed the L2 cache, unless one call touches
+little memory: what a kernel has just written is then still in that cache in a model, too. A call that cannot be
+captured (a peer that looks at the device from the host) is timed between two events instead.
 """
 
 from __future__ import annotations
@@ -15,11 +16,14 @@ from functools import cache
 from typing import Any
 
 import torch
+from torch.nn import functional
 
 Call = Callable[[], Any]
 
 ROTATED_BYTES = 200e6  # over three times the L2 cache of an H200
 MAX_SETS = 64
+HOT_BYTES = 8e6  # a call that touches less finds its arguments in the L2 cache
+HOT_SETS = 4
 GRAPH_SECONDS = 1.5e-3  # long enough that the start of a replay does not count
 MAX_CALLS = 400
 SAMPLE_SECONDS = 0.05  # of replays for each figure
@@ -45,10 +49,12 @@ def between_events(call: Call) -> float:
 
 
 class GpuTimer:
-    """Times one call over sets of arguments that `make` draws; `gigabytes` is what one call touches."""
+    """Times one call over sets of arguments that `make` draws; it touches `gigabytes`, from memory however small where
+    `cold` is set."""
 
-    def __init__(self, make: Callable[[], Call], gigabytes: float) -> None:
-        sets = min(MAX_SETS, max(1, math.ceil(ROTATED_BYTES / max(gigabytes * 1e9, 1))))
+    def __init__(self, make: Callable[[], Call], gigabytes: float, cold: bool) -> None:
+        touched = max(gigabytes * 1e9, 1)
+        sets = min(MAX_SETS, math.ceil(ROTATED_BYTES / touched)) if cold or touched >= HOT_BYTES else HOT_SETS
         self.calls = [make() for _ in range(sets)]
         self._kept: list[Any] = [None] * sets  # a result lives until its set is used again, so outputs rotate as well
         for call in self.calls[:2]:
@@ -86,16 +92,19 @@ class GpuTimer:
 class Limits:
     """What this GPU does at best, measured in this process."""
 
-    read: float  # GB/s of a sum over 1 GiB
-    copy: float  # GB/s, read and written, of a copy of 1 GiB
+    read: float  # GB/s over 4 GiB: the best of a sum, a matrix-vector product and a decode attention
+    copy: float  # GB/s, read and written, of a copy of 4 GiB
     matmul: float  # GFLOP/s of a sustained bfloat16 product of 8192 x 8192 matrices
     bus: float  # GB/s of a copy of 128 MiB from pinned host memory
 
 
 @cache
 def limits() -> Limits:
-    source = torch.randn(1 << 28, device="cuda")
+    source = torch.randn(1 << 30, device="cuda")
     target = torch.empty_like(source)
+    matrix = torch.randn(1 << 18, 8192, device="cuda", dtype=torch.bfloat16)
+    k, v = matrix.view(2, 64, 8, 16_384, 128)
+    q = torch.randn(64, 8, 1, 128, device="cuda", dtype=torch.bfloat16)
     a, b = torch.randn(2, 8192, 8192, device="cuda", dtype=torch.bfloat16)
     pinned = torch.ones(1 << 25, pin_memory=True)
 
@@ -103,9 +112,14 @@ def limits() -> Limits:
         call()
         return statistics.median(between_events(call) for _ in range(count))
 
+    readers: tuple[Call, ...] = (
+        source.sum,
+        lambda: matrix @ a[0],
+        lambda: functional.scaled_dot_product_attention(q, k, v),
+    )
     return Limits(
-        read=source.nbytes / median(source.sum, 20) / 1e9,
-        copy=2 * source.nbytes / median(lambda: target.copy_(source), 20) / 1e9,
-        matmul=2 * 8192**3 / median(lambda: a @ b, 60) / 1e9,
+        read=source.nbytes / min(median(reader, 15) for reader in readers) / 1e9,
+        copy=2 * source.nbytes / median(lambda: target.copy_(source), 15) / 1e9,
+        matmul=2 * 8192**3 / median(lambda: a @ b, 200) / 1e9,
         bus=pinned.nbytes / median(lambda: target[: len(pinned)].copy_(pinned, non_blocking=True), 10) / 1e9,
     )
