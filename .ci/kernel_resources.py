@@ -2,7 +2,7 @@
 
     python .ci/kernel_resources.py LOG ...
 
-Each LOG holds what `nvcc -Xptxas -v` printed for one file. Kernels that spill are listed first, and make it exit with 1.
+Each LOG holds what `nvcc -Xptxas -v` printed for one file. Kernels that spill are listed first and make it exit with 1.
 """
 
 from __future__ import annotations

@@ -114,33 +114,30 @@ def embedding(dtype: torch.dtype, d: int) -> object:
     return ops.embedding(ints([0, 9, 30, 4]), randn(10, d, dtype=dtype), 0)
 
 
+ATTENTION = ({}, {"window": 7}, {"softcap": 20.0, "return_lse": True})
+
+
 @call
 def flash_attention(dtype: torch.dtype, d: int) -> object:
     q, k, v = (randn(37, heads, d, dtype=dtype) for heads in (HEADS, KV_HEADS, KV_HEADS))
     sums = ints([0, 5, 5, 37], torch.int32)
-    return [ops.flash_attention(q, k, v, sums, sums, 32, 32, scale=0.1, causal=causal) for causal in (True, False)]
+    for options in (*ATTENTION, {"causal": False}):
+        ops.flash_attention(q, k, v, sums, sums, 32, 32, scale=0.1, **options)
+    return None
 
 
 @call
 def paged_attention(dtype: torch.dtype, d: int) -> object:
-    k_cache, v_cache = caches(dtype, d)
-    tables = ints([[3, 15, -1, -1], [7, -1, -1, -1], [0, 1, 2, 4]], torch.int32)
-    seq_lens = ints([9, 8, 31], torch.int32)
-    decode = ops.paged_attention(
-        randn(3, HEADS, d, dtype=dtype),
-        k_cache,
-        v_cache,
-        tables,
-        seq_lens,
-        ints([0, 1, 2, 3], torch.int32),
-        1,
-        scale=0.1,
-    )
-    sums = ints([0, 9, 10, 30], torch.int32)  # a whole prompt, a decode row, and a chunk of a longer one
-    mixed = ops.paged_attention(
-        randn(30, HEADS, d, dtype=dtype), k_cache, v_cache, tables, seq_lens, sums, 20, scale=0.1
-    )
-    return decode, mixed
+    caches_of_all = caches(dtype, d)
+    tables = torch.full((3, 80), -1, dtype=torch.int32)  # what lies behind a sequence's blocks is never read
+    tables[0, :2], tables[1, :1], tables[2] = torch.tensor([3, 15]), 7, torch.arange(80) % BLOCKS
+    facts = tables.cuda(), ints([9, 8, 80 * BLOCK_SIZE - 3], torch.int32)
+    for lengths in ((1, 1, 1), (9, 1, 20)):  # decode rows; a whole prompt, a decode row, and a chunk of a long prompt
+        sums = ints([0, *torch.tensor(lengths).cumsum(0).tolist()], torch.int32)
+        q = randn(sum(lengths), HEADS, d, dtype=dtype)
+        for options in ATTENTION:
+            ops.paged_attention(q, *caches_of_all, *facts, sums, max(lengths), scale=0.1, **options)
+    return None
 
 
 @call
