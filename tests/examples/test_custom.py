@@ -1,4 +1,4 @@
-"""The examples that use the op library run as they stand, each in a process of its own; they check their own results."""
+"""The examples that use the op library run as they stand, each in its own process; they check their own results."""
 
 from __future__ import annotations
 
