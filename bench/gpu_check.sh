@@ -7,7 +7,7 @@ out=$(mkdir -p "${1:?usage: gpu_check.sh OUT_DIR [part ...]}" && cd "$1" && pwd)
 shift
 cd "$(dirname "$0")/.."
 parts=${*:-build tests ops sanitizer ptxas e2e start}
-export PYTHONPATH=$PWD PYTHONUNBUFFERED=1
+export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
 failed=()
 
 part() { # part NAME COMMAND...: runs it when asked for, keeps its output, remembers a failure
@@ -23,6 +23,7 @@ part() { # part NAME COMMAND...: runs it when asked for, keeps its output, remem
 part build python3 -m minivllm build --force
 part build-info python3 -m minivllm info
 part tests python3 -m pytest tests -p no:cacheprovider
+part ops-peers python3 bench/ops/compile_peers.py
 part ops python3 -m pytest bench/ops --benchmark-only -k cuda --benchmark-json="$out/ops.json" --benchmark-columns=median -p no:cacheprovider
 part ops-table bash -o pipefail -c 'python3 bench/kernel_table.py "$1/ops.json" --json "$1/kernels.json" | tee "$1/kernels.md"' table "$out"
 part sanitizer compute-sanitizer --tool memcheck --error-exitcode 9 python3 bench/sanitize.py

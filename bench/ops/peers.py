@@ -1,6 +1,6 @@
 """FlashInfer, where its wheel is installed (`pip install flashinfer-python`): the peer of most kernels on a GPU.
 
-It compiles its kernels at the first use, which takes a minute or two for each family of attention kernels.
+It compiles its kernels at the first use, half a minute for each family of them; compile_peers.py does it beforehand.
 """
 
 from __future__ import annotations
