@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Builds, tests and times minivllm on a machine with a GPU, in one go:  bash bench/gpu_check.sh OUT_DIR [part ...]
 # Parts: build tests ops sanitizer ptxas e2e start (default: all). The whole output goes to OUT_DIR/log.txt, figures to
-# JSON and Markdown beside it; each part's last lines are shown.
+# JSON and Markdown beside it; each part's last lines are shown. OPS_CASES="cuda and not flashinfer" times fewer cases.
 set -uo pipefail
 out=$(mkdir -p "${1:?usage: gpu_check.sh OUT_DIR [part ...]}" && cd "$1" && pwd)
 shift
@@ -23,8 +23,8 @@ part() { # part NAME COMMAND...: runs it when asked for, keeps its output, remem
 part build python3 -m minivllm build --force
 part build-info python3 -m minivllm info
 part tests python3 -m pytest tests -p no:cacheprovider
-part ops-peers python3 bench/ops/compile_peers.py
-part ops python3 -m pytest bench/ops --benchmark-only -k cuda --benchmark-json="$out/ops.json" --benchmark-columns=median -p no:cacheprovider
+[[ ${OPS_CASES:-} == *"not flashinfer"* ]] || part ops-peers python3 bench/ops/compile_peers.py
+part ops python3 -m pytest bench/ops --benchmark-only -k "${OPS_CASES:-cuda}" --benchmark-json="$out/ops.json" --benchmark-columns=median -p no:cacheprovider
 part ops-table bash -o pipefail -c 'python3 bench/kernel_table.py "$1/ops.json" --json "$1/kernels.json" | tee "$1/kernels.md"' table "$out"
 part sanitizer compute-sanitizer --tool memcheck --error-exitcode 9 python3 bench/sanitize.py
 part sanitizer-initcheck compute-sanitizer --tool initcheck --error-exitcode 9 python3 bench/sanitize.py

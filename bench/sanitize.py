@@ -126,6 +126,11 @@ def flash_attention(dtype: torch.dtype, d: int) -> object:
     return None
 
 
+def plan_of(seq_lens: Tensor, sums: Tensor, longest: int, d: int, window: int) -> Tensor:
+    shape = {"num_heads": HEADS, "num_kv_heads": KV_HEADS, "head_dim": d}
+    return ops.plan_paged_attention(seq_lens, sums, longest, max_seqlen_k=80 * BLOCK_SIZE, window=window, **shape)
+
+
 @call
 def paged_attention(dtype: torch.dtype, d: int) -> object:
     caches_of_all = caches(dtype, d)
@@ -136,8 +141,15 @@ def paged_attention(dtype: torch.dtype, d: int) -> object:
         sums = ints([0, *torch.tensor(lengths).cumsum(0).tolist()], torch.int32)
         q = randn(sum(lengths), HEADS, d, dtype=dtype)
         for options in ATTENTION:
-            ops.paged_attention(q, *caches_of_all, *facts, sums, max(lengths), scale=0.1, **options)
+            plan = plan_of(facts[1], sums, max(lengths), d, options.get("window", 0))
+            for planned in (plan, None):
+                ops.paged_attention(q, *caches_of_all, *facts, sums, max(lengths), scale=0.1, plan=planned, **options)
     return None
+
+
+@call
+def plan_paged_attention(dtype: torch.dtype, d: int) -> object:
+    return plan_of(ints([9, 0, 637], torch.int32), ints([0, 1, 2, 3], torch.int32), 1, d, 0)
 
 
 @call

@@ -38,10 +38,23 @@ def planned(cores: str, rows: int, context: int, num_heads: int, num_kv_heads: i
     return wrapper
 
 
+def one_query_each(rows: int, device: torch.device | str) -> Tensor:
+    return torch.arange(rows + 1, device=device, dtype=torch.int32)
+
+
+def our_plan(
+    seq_lens: Tensor, lengths: Tensor, context: int, num_heads: int, num_kv_heads: int, head_dim: int
+) -> Tensor:
+    shape = {"num_heads": num_heads, "num_kv_heads": num_kv_heads, "head_dim": head_dim}
+    return ops.plan_paged_attention(seq_lens, lengths, 1, max_seqlen_k=context, **shape)
+
+
 def ours(q: Tensor, k_cache: Tensor, v_cache: Tensor, tables: Tensor, seq_lens: Tensor) -> Call:
-    lengths = torch.arange(len(q) + 1, device=q.device, dtype=torch.int32)
-    scale = q.shape[-1] ** -0.5
-    return lambda: ops.paged_attention(q, k_cache, v_cache, tables, seq_lens, lengths, 1, scale=scale)
+    """With the plan of a step made beforehand, as FlashInfer's is: all layers share one."""
+    lengths = one_query_each(len(q), q.device)
+    scale, context = q.shape[-1] ** -0.5, tables.shape[1] * BLOCK_SIZE
+    plan = our_plan(seq_lens, lengths, context, q.shape[1], k_cache.shape[1], q.shape[2])
+    return lambda: ops.paged_attention(q, k_cache, v_cache, tables, seq_lens, lengths, 1, scale=scale, plan=plan)
 
 
 @cases(
@@ -75,3 +88,20 @@ def test_decode(measure: Measure, case: Case) -> None:
 
     moved = 2 * rows * context * num_kv_heads * head_dim * case.dtype.itemsize
     measure(case, make, gigabytes=moved / 1e9, limit="read", cold=True)
+
+
+@cases(
+    "plan_paged_attention",
+    "minivllm",
+    "rows context heads kv_heads head_dim",
+    cuda=[(*pair, LARGE.num_heads, LARGE.num_kv_heads, LARGE.head_dim) for pair in ((1, 65_536), (256, 4096))],
+)
+def test_plan(measure: Measure, case: Case) -> None:
+    rows, context, num_heads, num_kv_heads, head_dim = case.sizes
+
+    def make() -> Call:
+        seq_lens = torch.randint(1, context + 1, (rows,), device=case.device, dtype=torch.int32)
+        lengths = one_query_each(rows, case.device)
+        return lambda: our_plan(seq_lens, lengths, context, num_heads, num_kv_heads, head_dim)
+
+    measure(case, make)

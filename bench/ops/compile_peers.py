@@ -1,4 +1,6 @@
-"""Compiles what the benchmarks call of FlashInfer, each family in its own process, all at once: python compile_peers.py
+"""Compiles what the benchmarks call of FlashInfer, each family in its own process, all at once:
+
+    python bench/ops/compile_peers.py [FAMILY ...]     # all of FAMILIES below by default
 
 The benchmarks would compile the same at each first use, one after the other, which takes minutes.
 """
@@ -74,10 +76,10 @@ def prefill(backend: str) -> None:
 
 FAMILIES = {
     "sampling": sampling,
-    "prefill fa3": lambda: prefill("fa3"),
-    "prefill fa2": lambda: prefill("fa2"),
-    "decode, tensor cores": lambda: decode(True),
-    "decode, CUDA cores": lambda: decode(False),
+    "fa3": lambda: prefill("fa3"),
+    "fa2": lambda: prefill("fa2"),
+    "decode-tensor": lambda: decode(True),
+    "decode-cuda": lambda: decode(False),
     "norm": norm,
     "rope": rope,
     "page": page,
@@ -90,12 +92,13 @@ def main() -> None:
     if flashinfer is None:
         print("FlashInfer is not installed: nothing to compile")
         return
-    if len(sys.argv) == 2:
-        FAMILIES[sys.argv[1]]()
+    names = sys.argv[1:] or list(FAMILIES)
+    if len(names) == 1:
+        FAMILIES[names[0]]()
         torch.cuda.synchronize()
         return
     start = time.monotonic()
-    builds = {name: subprocess.Popen([sys.executable, __file__, name]) for name in FAMILIES}
+    builds = {name: subprocess.Popen([sys.executable, __file__, name]) for name in names}
     failed = [name for name, build in builds.items() if build.wait()]
     print(f"compiled {len(builds)} families in {time.monotonic() - start:.0f} s; failed: {', '.join(failed) or 'none'}")
     sys.exit(bool(failed))
