@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
 # Builds, tests and times minivllm on a machine with a GPU, in one go:  bash bench/gpu_check.sh OUT_DIR [part ...]
-# Parts: build tests ops e2e start (default: all). The whole output goes to OUT_DIR/log.txt, figures to
-# JSON beside it; each part's last lines are shown.
+# Parts: build tests ops sanitizer ptxas e2e start (default: all). The whole output goes to OUT_DIR/log.txt, figures to
+# JSON and Markdown beside it; each part's last lines are shown. OPS_CASES="cuda and not flashinfer" times fewer cases.
 set -uo pipefail
 out=$(mkdir -p "${1:?usage: gpu_check.sh OUT_DIR [part ...]}" && cd "$1" && pwd)
 shift
 cd "$(dirname "$0")/.."
-parts=${*:-build tests ops e2e start}
-export PYTHONPATH=$PWD PYTHONUNBUFFERED=1
+parts=${*:-build tests ops sanitizer ptxas e2e start}
+export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
 failed=()
 
 part() { # part NAME COMMAND...: runs it when asked for, keeps its output, remembers a failure
@@ -23,7 +23,12 @@ part() { # part NAME COMMAND...: runs it when asked for, keeps its output, remem
 part build python3 -m minivllm build --force
 part build-info python3 -m minivllm info
 part tests python3 -m pytest tests -p no:cacheprovider
-part ops python3 -m pytest bench/ops --benchmark-only --benchmark-json="$out/ops.json" --benchmark-columns=median,ops -p no:cacheprovider
+[[ ${OPS_CASES:-} == *"not flashinfer"* ]] || part ops-peers python3 bench/ops/compile_peers.py
+part ops python3 -m pytest bench/ops --benchmark-only -k "${OPS_CASES:-cuda}" --benchmark-json="$out/ops.json" --benchmark-columns=median -p no:cacheprovider
+part ops-table bash -o pipefail -c 'python3 bench/kernel_table.py "$1/ops.json" --json "$1/kernels.json" | tee "$1/kernels.md"' table "$out"
+part sanitizer compute-sanitizer --tool memcheck --error-exitcode 9 python3 bench/sanitize.py
+part sanitizer-initcheck compute-sanitizer --tool initcheck --error-exitcode 9 python3 bench/sanitize.py
+part ptxas bash .ci/compile_cuda "$out/ptxas"
 part e2e python3 bench/throughput.py --device cuda --requests 64 --json "$out/e2e.json"
 part e2e-one python3 bench/throughput.py --device cuda --requests 1 --json "$out/e2e_one.json"
 part start python3 bench/startup.py --device cuda

@@ -5,14 +5,12 @@ PyTorch's topk promises no order among equals; ours does. GB/s counts one readin
 
 from __future__ import annotations
 
-import pytest
-import torch
+from cases import VOCAB, Case, cases
 from conftest import Measure
+from timing import Call
 from torch import Tensor
 
 from minivllm import ops
-
-SHAPES = ((1, 4096), (64, 4096), (1, 151_936), (16, 151_936))
 
 
 def usual_way(logits: Tensor, token_ids: Tensor, num_top: int) -> tuple[Tensor, ...]:
@@ -22,13 +20,20 @@ def usual_way(logits: Tensor, token_ids: Tensor, num_top: int) -> tuple[Tensor, 
     return chosen.squeeze(1), ranks, *logprobs.topk(num_top)
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: "x".join(map(str, shape)))
-@pytest.mark.parametrize("num_top", (0, 20))
-@pytest.mark.parametrize("implementation", ("minivllm", "torch"))
-def test_token_logprobs(
-    measure: Measure, device: str, dtype: torch.dtype, shape: tuple[int, int], num_top: int, implementation: str
-) -> None:
-    logits = torch.randn(shape, generator=torch.Generator().manual_seed(0)).mul(3).to(device, dtype)
-    token_ids = logits.argmax(-1)
-    way = usual_way if implementation == "torch" else ops.token_logprobs
-    measure(lambda: way(logits, token_ids, num_top), gigabytes=logits.nbytes / 1e9)
+@cases(
+    "token_logprobs",
+    "minivllm torch",
+    "rows vocab top",
+    cpu=[(rows, vocab, top) for vocab in (4096, VOCAB) for rows in (1, 16) for top in (0, 20)],
+    cuda=[(rows, VOCAB, top) for top in (0, 20) for rows in (1, 64, 256)],
+)
+def test_token_logprobs(measure: Measure, case: Case) -> None:
+    rows, vocab, num_top = case.sizes
+
+    def make() -> Call:
+        logits = 3 * case.randn(rows, vocab)
+        token_ids = logits.argmax(-1)
+        way = usual_way if case.way == "torch" else ops.token_logprobs
+        return lambda: way(logits, token_ids, num_top)
+
+    measure(case, make, gigabytes=rows * vocab * case.dtype.itemsize / 1e9, limit="read")

@@ -3,37 +3,34 @@ products."""
 
 from __future__ import annotations
 
-import pytest
 import torch
-from conftest import MODELS, Measure
+from cases import SMALL, Case, cases
+from conftest import Measure
+from timing import Call
 
 from minivllm import ops
 
-PRODUCTS = {
-    "tiny gate_up": (1536, 256),
-    "tiny down": (256, 768),
-    "tiny head": (4096, 256),
-    "qwen3-0.6b gate_up": (2 * MODELS["qwen3-0.6b"].intermediate, MODELS["qwen3-0.6b"].hidden),
-}
+# The bundled model's gate_up, down and head, and Qwen3-0.6B's gate_up.
+PRODUCTS = ((1536, 256), (256, 768), (4096, 256), (2 * SMALL.intermediate, SMALL.hidden))
 
 
-@pytest.fixture(params=("cpu",))
-def device(request: pytest.FixtureRequest) -> str:
-    return str(request.param)
+@cases(
+    "packed_linear",
+    "minivllm minivllm,float32 torch",
+    "rows out in",
+    cpu=[(rows, *product) for product in PRODUCTS for rows in (1, 16, 64, 256)],
+    cpu_dtypes=(torch.float32,),
+)
+def test_packed_linear(measure: Measure, case: Case) -> None:
+    rows, out_features, in_features = case.sizes
 
+    def make() -> Call:
+        x, weight = case.randn(rows, in_features), case.randn(out_features, in_features)
+        if case.way == "torch":
+            return lambda: torch.nn.functional.linear(x, weight)
+        if case.way == "minivllm":  # weights that came from bfloat16 are packed as bfloat16
+            weight = weight.bfloat16().float()
+        packed = ops.pack_linear_weight(weight)
+        return lambda: ops.packed_linear(x, packed, out_features)
 
-@pytest.mark.parametrize("product", PRODUCTS)
-@pytest.mark.parametrize("rows", (1, 16, 64, 256))
-@pytest.mark.parametrize("implementation", ("minivllm", "minivllm, float32 weights", "torch"))
-def test_packed_linear(measure: Measure, device: str, product: str, rows: int, implementation: str) -> None:
-    out_features, in_features = PRODUCTS[product]
-    x, weight = torch.randn(rows, in_features), torch.randn(out_features, in_features)
-    if implementation == "minivllm":
-        weight = weight.bfloat16().float()
-    packed = ops.pack_linear_weight(weight)
-    call = (
-        (lambda: torch.nn.functional.linear(x, weight))
-        if implementation == "torch"
-        else lambda: ops.packed_linear(x, packed, out_features)
-    )
-    measure(call, gigaflops=2e-9 * rows * out_features * in_features)
+    measure(case, make, gigaflops=2e-9 * rows * out_features * in_features)

@@ -6,55 +6,65 @@ few logits are touched.
 
 from __future__ import annotations
 
-import pytest
 import torch
+from cases import VOCAB, Case, cases
 from conftest import Measure
+from timing import Call
 from torch import Tensor
 
 from minivllm import ops
 
-SHAPES = ((1, 4096), (64, 4096), (1, 151_936), (16, 151_936))
-shapes = pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: "x".join(map(str, shape)))
-implementations = pytest.mark.parametrize("implementation", ("minivllm", "torch"))
+SEEN = 1000
+CPU = [(rows, vocab) for vocab in (4096, VOCAB) for rows in (1, 16)]
+CUDA = [(rows, VOCAB) for rows in (1, 64, 256)]
 
 
 def table(rows: int, vocab: int, device: str) -> Tensor:
-    counts = torch.zeros(rows, vocab, dtype=torch.int32)
-    tokens = torch.rand(rows, vocab).argsort(-1)[:, :1000]
-    counts.scatter_(1, tokens[:, :500], 1).scatter_(1, tokens[:, 500:], 2)
-    return counts.to(device)
+    counts = torch.zeros(rows, vocab, dtype=torch.int32, device=device)
+    tokens = torch.randint(0, vocab, (rows, SEEN), device=device)
+    counts.scatter_(1, tokens[:, : SEEN // 2], 1).scatter_(1, tokens[:, SEEN // 2 :], 2)
+    return counts
 
 
-@shapes
-@implementations
-def test_apply_penalties(
-    measure: Measure, device: str, dtype: torch.dtype, shape: tuple[int, int], implementation: str
-) -> None:
-    logits, counts = torch.randn(shape, device=device, dtype=dtype), table(*shape, device)
-    rows = torch.arange(shape[0], device=device)
-    presence, frequency = torch.zeros(2, shape[0], device=device)  # so that repeated calls leave the logits as they are
-    repetition = torch.ones(shape[0], device=device)
+@cases("apply_penalties", "minivllm torch", "rows vocab", cpu=CPU, cuda=CUDA)
+def test_apply_penalties(measure: Measure, case: Case) -> None:
+    num_rows, vocab = case.sizes
 
-    def in_torch() -> None:
-        generated, seen = counts >> 1, counts != 0
-        factor = torch.where(seen, repetition[:, None], 1)
-        logits.copy_(torch.where(logits > 0, logits / factor, logits * factor))
-        logits.sub_(frequency[:, None] * generated + presence[:, None] * (generated > 0))
+    def make() -> Call:
+        logits, counts = case.randn(num_rows, vocab), table(num_rows, vocab, case.device)
+        rows = torch.arange(num_rows, device=case.device)
+        presence, frequency = torch.zeros(
+            2, num_rows, device=case.device
+        )  # repeated calls leave the logits as they are
+        repetition = torch.ones(num_rows, device=case.device)
 
-    def ours() -> None:
-        ops.apply_penalties(logits, rows, counts, rows, presence, frequency, repetition)
+        def in_torch() -> None:
+            generated, seen = counts >> 1, counts != 0
+            factor = torch.where(seen, repetition[:, None], 1)
+            logits.copy_(torch.where(logits > 0, logits / factor, logits * factor))
+            logits.sub_(frequency[:, None] * generated + presence[:, None] * (generated > 0))
 
-    measure(in_torch if implementation == "torch" else ours, gigabytes=counts.nbytes / 1e9)
+        def fused() -> None:
+            ops.apply_penalties(logits, rows, counts, rows, presence, frequency, repetition)
+
+        return in_torch if case.way == "torch" else fused
+
+    measure(case, make, gigabytes=4 * num_rows * vocab / 1e9, limit="read", cold=True)
 
 
-@shapes
-@implementations
-def test_count_tokens(measure: Measure, device: str, shape: tuple[int, int], implementation: str) -> None:
-    counts = torch.zeros(shape, dtype=torch.int32, device=device)
-    rows, tokens = torch.arange(shape[0], device=device), torch.randint(shape[1], (shape[0],), device=device)
+@cases("count_tokens", "minivllm torch", "rows vocab", cpu=CPU, cuda=CUDA, cpu_dtypes=(torch.float32,))
+def test_count_tokens(measure: Measure, case: Case) -> None:
+    num_rows, vocab = case.sizes
 
-    def in_torch() -> None:
-        added = 2 * (tokens >= 0).int()
-        counts.index_put_((rows, tokens.clamp(min=0)), added, accumulate=True)
+    def make() -> Call:
+        counts = torch.zeros(num_rows, vocab, dtype=torch.int32, device=case.device)
+        rows = torch.arange(num_rows, device=case.device)
+        tokens = torch.randint(vocab, (num_rows,), device=case.device)
 
-    measure(in_torch if implementation == "torch" else lambda: ops.count_tokens(counts, rows, tokens))
+        def in_torch() -> None:
+            added = 2 * (tokens >= 0).int()
+            counts.index_put_((rows, tokens.clamp(min=0)), added, accumulate=True)
+
+        return in_torch if case.way == "torch" else lambda: ops.count_tokens(counts, rows, tokens)
+
+    measure(case, make)

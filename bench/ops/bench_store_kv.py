@@ -1,30 +1,43 @@
-"""store_kv against two indexed assignments with the block and offset of each token given."""
+"""store_kv against two indexed assignments with the block and offset of each token given, and FlashInfer."""
 
 from __future__ import annotations
 
-import pytest
 import torch
-from conftest import Measure, Model
+from cases import BLOCK_SIZE, CPU_MODELS, SMALL, Case, cases
+from conftest import Measure
+from peers import flashinfer
+from timing import Call
 
 from minivllm import ops
 
-BLOCK_SIZE = 16
 
+@cases(
+    "store_kv",
+    "minivllm torch flashinfer",
+    "rows kv_heads head_dim",
+    cpu=[(rows, m.num_kv_heads, m.head_dim) for m in CPU_MODELS for rows in (1, 64, 1024)],
+    cuda=[(rows, SMALL.num_kv_heads, SMALL.head_dim) for rows in (64, 16_384)],
+)
+def test_store_kv(measure: Measure, case: Case) -> None:
+    rows, num_kv_heads, head_dim = case.sizes
+    num_blocks = -(-rows // BLOCK_SIZE)
 
-@pytest.mark.parametrize("rows", (1, 64, 1024))
-@pytest.mark.parametrize("implementation", ("minivllm", "torch"))
-def test_store_kv(
-    measure: Measure, model: Model, device: str, dtype: torch.dtype, rows: int, implementation: str
-) -> None:
-    k, v = torch.randn(2, rows, model.num_kv_heads, model.head_dim, device=device, dtype=dtype)
-    shape = (2, 256, model.num_kv_heads, BLOCK_SIZE, model.head_dim)
-    k_cache, v_cache = torch.zeros(shape, device=device, dtype=dtype)
-    slots = torch.randperm(256 * BLOCK_SIZE, device=device)[:rows]
-    block, offset = slots // BLOCK_SIZE, slots % BLOCK_SIZE
+    def make() -> Call:
+        k, v = case.randn(2, rows, num_kv_heads, head_dim)
+        k_cache, v_cache = case.randn(2, num_blocks, num_kv_heads, BLOCK_SIZE, head_dim)
+        blocks = torch.randperm(num_blocks, device=case.device)  # one sequence in permuted blocks
+        slots = (blocks.unsqueeze(1) * BLOCK_SIZE + torch.arange(BLOCK_SIZE, device=case.device)).flatten()[:rows]
+        block, offset = slots // BLOCK_SIZE, slots % BLOCK_SIZE
 
-    def in_torch() -> None:
-        k_cache[block, :, offset] = k
-        v_cache[block, :, offset] = v
+        def in_torch() -> None:
+            k_cache[block, :, offset] = k
+            v_cache[block, :, offset] = v
 
-    call = in_torch if implementation == "torch" else lambda: ops.store_kv(k, v, k_cache, v_cache, slots)
-    measure(call, gigabytes=4 * k.nbytes / 1e9)
+        if case.way == "flashinfer":
+            batch, positions = case.ints([0] * rows), case.ints(range(rows))
+            pages = blocks.int(), case.ints([0, num_blocks]), case.ints([rows - (num_blocks - 1) * BLOCK_SIZE])
+            append = flashinfer.append_paged_kv_cache
+            return lambda: append(k, v, batch, positions, (k_cache, v_cache), *pages, kv_layout="HND")
+        return in_torch if case.way == "torch" else lambda: ops.store_kv(k, v, k_cache, v_cache, slots)
+
+    measure(case, make, gigabytes=4 * rows * num_kv_heads * head_dim * case.dtype.itemsize / 1e9)
