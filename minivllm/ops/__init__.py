@@ -11,15 +11,16 @@ from minivllm.ops._load import BuildInfo
 from minivllm.ops._load import load as _load_kernels
 from minivllm.ops._register import served_by
 from minivllm.ops._toolchain import BuildError
+from minivllm.ops.activation import gelu_and_mul, silu_and_mul
 from minivllm.ops.attention import flash_attention, paged_attention
 from minivllm.ops.copy_blocks import copy_blocks
 from minivllm.ops.logprobs import token_logprobs
 from minivllm.ops.packed_linear import pack_linear_weight, packed_linear, prefers_packed
 from minivllm.ops.penalties import apply_penalties, count_tokens
+from minivllm.ops.qk_norm_rope_store import qk_norm_rope_store
 from minivllm.ops.rms_norm import fused_add_rms_norm, rms_norm
 from minivllm.ops.rope import apply_rope, rope_cos_sin_cache
 from minivllm.ops.sample import sample
-from minivllm.ops.silu_and_mul import silu_and_mul
 from minivllm.ops.store_kv import store_kv
 
 __all__ = [
@@ -32,10 +33,12 @@ __all__ = [
     "count_tokens",
     "flash_attention",
     "fused_add_rms_norm",
+    "gelu_and_mul",
     "pack_linear_weight",
     "packed_linear",
     "paged_attention",
     "prefers_packed",
+    "qk_norm_rope_store",
     "rms_norm",
     "rope_cos_sin_cache",
     "sample",
