@@ -1,8 +1,8 @@
 // silu_and_mul and gelu_and_mul on CUDA: each thread takes one or two 16-byte vectors of the gate and the same of the up half, all
 // loaded before the first is used. Floor: 3 * d * bytes / bandwidth a row, or the launch for few rows.
 #include "activation.h"
+#include "common/convert.cuh"
 #include "common/launch.cuh"
-#include "common/vec.cuh"
 
 namespace minivllm {
 namespace {
@@ -61,13 +61,12 @@ __global__ void __launch_bounds__(kMaxThreads)
 #pragma unroll
     for (int k = 0; k < kPerThread; ++k) {
       const int64_t i = first + k * blockDim.x;
-      V result;
+      float wide[N];
+      widen_all(gates[k], wide);
 #pragma unroll
-      for (int j = 0; j < N; ++j) {  // the activation is rounded before the product, as Hugging Face does
-        const T active = narrow<T>(activate<kActivation>(widen(gates[k].data[j])));
-        result.data[j] = narrow<T>(widen(active) * widen(ups[k].data[j]));
-      }
-      if (i < num_vectors) target[i] = result;
+      for (int j = 0; j < N; ++j) wide[j] = activate<kActivation>(wide[j]);
+      // The activation is rounded before the product, as Hugging Face does.
+      if (i < num_vectors) target[i] = multiply_all(narrow_all<T, N>(wide), ups[k]);
     }
   }
 }

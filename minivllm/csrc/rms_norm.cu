@@ -1,7 +1,7 @@
-// rms_norm and fused_add_rms_norm on CUDA. A row is one pass over memory: each thread keeps up to four 16-byte vectors in registers
-// between the sum of squares and the scaling. Rows of up to 128 vectors take one warp each and share a block, so that nobody waits at a
-// barrier; longer rows take up to 1024 threads. Floor: bytes / bandwidth (2 x row for rms_norm, 4 x row fused), or the launch for few
-// rows.
+// rms_norm and fused_add_rms_norm on CUDA. A row is one pass over memory: each thread keeps one, two or four 16-byte vectors in registers
+// between the sum of squares and the scaling, all loaded before the first is used. Few rows get as many threads as they can use (the
+// shortest time for one row); many rows get two vectors a thread, enough bytes under way to fill the memory's pipe. Floor: bytes /
+// bandwidth (2 x row for rms_norm, 4 x row fused), or the launch for few rows.
 #include "common/convert.cuh"
 #include "common/launch.cuh"
 #include "rms_norm.h"
@@ -10,35 +10,54 @@ namespace minivllm {
 namespace {
 
 constexpr int kMaxThreads = 1024;
-constexpr int kBlockThreads = 128;   // rows of fewer threads share a block
-constexpr int kRegisterVectors = 4;  // vectors a thread keeps; longer rows are read a second time (from L2)
+constexpr int kMaxRows = 8;                  // rows that share a block
+constexpr int64_t kFewThreads = 132 * 2048;  // as many threads as an H100 or H200 runs at a time
 
-// One row a threadIdx.y. kFused adds x into the residual first and normalises the rounded sum. The order of a row's sum (vectors of a
-// thread one after the other, then the threads) depends on its length alone, not on its neighbours.
-template <typename T, int N, bool kFused>
+// Sum over a row's vectors, whose sums lie in groups[k] of thread t for vector t + k * blockDim.x. First over each 32 neighbours, then
+// over halves, quarters, ... of what remains: a fixed tree over the row's vectors, the same for any kVectors and blockDim.x, so a row's
+// result depends neither on its neighbours nor on their number.
+template <int kVectors>
+__device__ __forceinline__ float tree_sum(float (&groups)[kVectors], float* partial) {
+#pragma unroll
+  for (int k = 0; k < kVectors; ++k) groups[k] = warp_sum(groups[k]);
+#pragma unroll
+  for (int step = kVectors / 2; step > 0; step /= 2) {
+#pragma unroll
+    for (int k = 0; k < step; ++k) groups[k] += groups[k + step];
+  }
+  const int warps = blockDim.x / 32;
+  if (warps == 1) return groups[0];
+  float* mine = partial + threadIdx.y * 32;
+  if (threadIdx.x % 32 == 0) mine[threadIdx.x / 32] = groups[0];
+  __syncthreads();
+  return warp_sum(static_cast<int>(threadIdx.x % 32) < warps ? mine[threadIdx.x % 32] : 0.0f);
+}
+
+// One row a threadIdx.y. kFused adds x into the residual first and normalises the rounded sum. Rows of more than kVectors * blockDim.x
+// vectors are read a second time for what does not fit (from L2).
+template <typename T, int N, bool kFused, int kVectors>
 __global__ void __launch_bounds__(kMaxThreads)
     rms_norm_kernel(T* x, RowLayout x_rows, T* residual, RowLayout residual_rows, const T* weight, T* out, int64_t num_rows,
                     int num_vectors, float inverse_hidden, float eps) {
   using V = Vec<T, N>;
-  __shared__ float partial[32 * (kBlockThreads / 32)];
+  __shared__ float partial[32 * kMaxRows];
   wait_for_predecessors();
   let_dependents_launch();
   const int64_t row = static_cast<int64_t>(blockIdx.x) * blockDim.y + threadIdx.y;
   const bool live = row < num_rows;  // idle rows of the last block still take part in __syncthreads
   V* x_row = live ? reinterpret_cast<V*>(x + row_offset(x_rows, row)) : nullptr;
   V* r_row = live && kFused ? reinterpret_cast<V*>(residual + row_offset(residual_rows, row)) : nullptr;
-  const int end = live ? num_vectors : 0;
+  const int end = live ? num_vectors : 0, beyond = kVectors * blockDim.x;
 
-  V kept[kRegisterVectors], added[kRegisterVectors];
+  V kept[kVectors], added[kVectors];
 #pragma unroll
-  for (int k = 0; k < kRegisterVectors; ++k) {
+  for (int k = 0; k < kVectors; ++k) {
     const int i = threadIdx.x + k * blockDim.x;
     if (i < end) kept[k] = x_row[i];
     if (kFused && i < end) added[k] = r_row[i];
   }
-  float sum = 0.0f;
-  const auto take = [&](V& v, const V& r, int i) {
-    float wide[N], part = 0.0f;
+  const auto add = [&](V& v, const V& r, int i) {  // the sum of squares of one vector
+    float wide[N], sum = 0.0f;
     widen_all(v, wide);
     if (kFused) {
       float other[N];
@@ -50,39 +69,36 @@ __global__ void __launch_bounds__(kMaxThreads)
       r_row[i] = v;
     }
 #pragma unroll
-    for (int j = 0; j < N; ++j) part = fmaf(wide[j], wide[j], part);
-    sum += part;
+    for (int j = 0; j < N; ++j) sum = fmaf(wide[j], wide[j], sum);
+    return sum;
   };
+  float sums[kVectors];
 #pragma unroll
-  for (int k = 0; k < kRegisterVectors; ++k) {
+  for (int k = 0; k < kVectors; ++k) {
     const int i = threadIdx.x + k * blockDim.x;
-    if (i < end) take(kept[k], added[k], i);
+    sums[k] = i < end ? add(kept[k], added[k], i) : 0.0f;
   }
-  for (int i = threadIdx.x + kRegisterVectors * blockDim.x; i < end; i += blockDim.x) {
+  for (int i = threadIdx.x + beyond; i < end; i += blockDim.x) {
     V v = x_row[i];
-    take(v, kFused ? r_row[i] : v, i);
+    sums[0] += add(v, kFused ? r_row[i] : v, i);
   }
 
-  const float scale = rsqrtf(fmaf(row_sum(sum, partial), inverse_hidden, eps));
+  const float scale = rsqrtf(fmaf(tree_sum(sums, partial), inverse_hidden, eps));
   V* out_row = kFused ? x_row : reinterpret_cast<V*>(out) + row * num_vectors;
   const V* w = reinterpret_cast<const V*>(weight);
   const auto put = [&](const V& v, int i) {
-    float wide[N], weights[N];
+    float wide[N];
     widen_all(v, wide);
-    widen_all(w[i], weights);
 #pragma unroll
     for (int j = 0; j < N; ++j) wide[j] *= scale;
-    round_all<T, N>(wide);
-#pragma unroll
-    for (int j = 0; j < N; ++j) wide[j] *= weights[j];
-    out_row[i] = narrow_all<T, N>(wide);
+    out_row[i] = multiply_all(narrow_all<T, N>(wide), w[i]);
   };
 #pragma unroll
-  for (int k = 0; k < kRegisterVectors; ++k) {
+  for (int k = 0; k < kVectors; ++k) {
     const int i = threadIdx.x + k * blockDim.x;
     if (i < end) put(kept[k], i);
   }
-  for (int i = threadIdx.x + kRegisterVectors * blockDim.x; i < end; i += blockDim.x) put(kFused ? r_row[i] : x_row[i], i);
+  for (int i = threadIdx.x + beyond; i < end; i += blockDim.x) put(kFused ? r_row[i] : x_row[i], i);
 }
 
 struct Problem {
@@ -96,20 +112,33 @@ struct Problem {
   float eps;
 };
 
-template <typename T, int N>
-const char* launch(const Problem& p, cudaStream_t stream) {
-  const int num_vectors = static_cast<int>(p.hidden / N);
+// The power of two of threads, a warp at least, that hold num_vectors.
+int threads_for(int64_t num_vectors, int vectors) {
   int threads = 32;
-  while (threads < kMaxThreads && threads * kRegisterVectors < num_vectors) threads *= 2;
-  const int rows_per_block = threads >= kBlockThreads ? 1 : kBlockThreads / threads;
+  while (threads < kMaxThreads && static_cast<int64_t>(threads) * vectors < num_vectors) threads *= 2;
+  return threads;
+}
+
+template <typename T, int N, bool kFused, int kVectors>
+const char* launch(const Problem& p, bool few, cudaStream_t stream) {
+  const int64_t num_vectors = p.hidden / N;
+  const int threads = threads_for(num_vectors, kVectors), block_threads = kVectors == 1 ? 256 : 128;
+  const int rows_per_block = few || threads >= block_threads ? 1 : block_threads / threads;
   const int64_t blocks = (p.num_rows + rows_per_block - 1) / rows_per_block;
-  if (blocks > 2147483647) return "more than 2^31 - 1 blocks of rows";
-  const dim3 block(threads, rows_per_block);
-  const float inverse_hidden = 1.0f / static_cast<float>(p.hidden);
-  auto* kernel = p.residual ? rms_norm_kernel<T, N, true> : rms_norm_kernel<T, N, false>;
-  return launch_overlapped(kernel, dim3(static_cast<unsigned>(blocks)), block, 0, stream, static_cast<T*>(p.x), p.x_rows,
+  if (blocks > 2147483647 || num_vectors > 2147483647) return "more than 2^31 - 1 blocks of rows or vectors of a row";
+  return launch_overlapped(rms_norm_kernel<T, N, kFused, kVectors>, dim3(static_cast<unsigned>(blocks)),
+                           dim3(threads, rows_per_block), 0, stream, static_cast<T*>(p.x), p.x_rows,
                            static_cast<T*>(p.residual), p.residual_rows, static_cast<const T*>(p.weight), static_cast<T*>(p.out),
-                           p.num_rows, num_vectors, inverse_hidden, p.eps);
+                           p.num_rows, static_cast<int>(num_vectors), 1.0f / static_cast<float>(p.hidden), p.eps);
+}
+
+template <typename T, int N, bool kFused>
+const char* choose(const Problem& p, cudaStream_t stream) {
+  const int64_t num_vectors = p.hidden / N;
+  const bool few = p.num_rows * threads_for(num_vectors, 1) <= kFewThreads;
+  // Fused rows have two loads for each vector under way, so one vector a thread is enough of them until the row is a whole block.
+  if (num_vectors <= kMaxThreads && (few || (kFused && num_vectors <= kMaxThreads / 2))) return launch<T, N, kFused, 1>(p, few, stream);
+  return num_vectors <= 2 * kMaxThreads ? launch<T, N, kFused, 2>(p, few, stream) : launch<T, N, kFused, 4>(p, few, stream);
 }
 
 const char* dispatch(const Problem& p, DtypeCode dtype, void* stream) {
@@ -121,7 +150,8 @@ const char* dispatch(const Problem& p, DtypeCode dtype, void* stream) {
     const bool wide = p.hidden % N == 0 && rows_aligned(p.x, p.x_rows, N, 16) && rows_aligned(p.weight, packed, N, 16) &&
                       rows_aligned(p.residual, p.residual_rows, N, 16) && rows_aligned(p.out, packed, N, 16);
     const auto s = static_cast<cudaStream_t>(stream);
-    return wide ? launch<T, N>(p, s) : launch<T, 1>(p, s);
+    if (p.residual != nullptr) return wide ? choose<T, N, true>(p, s) : choose<T, 1, true>(p, s);
+    return wide ? choose<T, N, false>(p, s) : choose<T, 1, false>(p, s);
   });
 }
 

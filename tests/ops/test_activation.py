@@ -101,9 +101,10 @@ def exact_gelu_and_mul(x: Tensor, approximate: str) -> Tensor:
 def test_gelu_matches_float64(
     device: str, dtype: torch.dtype, approximate: str, d: int, scale: float, seed: int
 ) -> None:
-    x = randn(5, 2 * d, seed=seed, dtype=dtype, device=device, scale=scale)
+    rows = 5 if d == 0 else 5 + 4000 // d  # enough elements that PyTorch's own worst error is a typical one
+    x = randn(rows, 2 * d, seed=seed, dtype=dtype, device=device, scale=scale)
     got = ops.gelu_and_mul(x, approximate=approximate)
-    assert got.shape == (5, d)
+    assert got.shape == (rows, d)
     torch_result = gelu_and_mul_reference(x, tanh=approximate == "tanh")
     assert_close_to_exact(got, exact_gelu_and_mul(x, approximate), torch_result)
 
@@ -134,15 +135,15 @@ def test_an_unknown_approximation_is_named() -> None:
         ops.gelu_and_mul(torch.ones(2, 4), approximate="erf")
 
 
-@pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("rows", (1, 3000))
-def test_rows_beyond_int32(device: str, rows: int, seed: int) -> None:
-    if device == "cpu" or torch.cuda.mem_get_info()[0] < 16 * 2**30:
-        pytest.skip("needs 12 GiB of device memory")
-    stride = 2**31 // rows + 8
-    storage = torch.empty(stride * rows + 4096, dtype=torch.bfloat16, device=device)
-    x = storage.as_strided((rows + 1, 4096), (stride, 1))
-    x.copy_(randn(rows + 1, 4096, seed=seed, dtype=torch.bfloat16, device=device))
+@pytest.mark.gpu
+@pytest.mark.parametrize("rows", (2, 3000))
+def test_rows_beyond_int32(rows: int, seed: int) -> None:
+    if torch.cuda.mem_get_info()[0] < 8 * 2**30:
+        pytest.skip("needs 8 GiB of device memory")
+    stride = 2**31 // (rows - 1) + 8
+    storage = torch.empty(stride * rows, dtype=torch.bfloat16, device="cuda")
+    x = storage.as_strided((rows, 4096), (stride, 1))
+    x.copy_(randn(rows, 4096, seed=seed, dtype=torch.bfloat16, device="cuda"))
     assert torch.equal(ops.silu_and_mul(x), ops.silu_and_mul(x.contiguous()))
 
 

@@ -5,7 +5,6 @@
 
 namespace minivllm {
 
-
 __device__ __forceinline__ void narrow_two(float a, float b, float* target) { target[0] = a, target[1] = b; }
 
 __device__ __forceinline__ void narrow_two(float a, float b, __nv_bfloat16* target) {
@@ -51,10 +50,29 @@ __device__ __forceinline__ Vec<T, N> narrow_all(const float* wide) {
   return v;
 }
 
-// Rounds to T, as storing and loading would.
+// Products rounded to the storage dtype. One of two 16-bit values is exact in float32, so rounding it once is what computing in float32
+// would give.
+__device__ __forceinline__ void multiply_two(float* v, const float* w) { v[0] *= w[0], v[1] *= w[1]; }
+
+__device__ __forceinline__ void multiply_two(__nv_bfloat16* v, const __nv_bfloat16* w) {
+  auto* pair = reinterpret_cast<__nv_bfloat162*>(v);
+  *pair = __hmul2(*pair, *reinterpret_cast<const __nv_bfloat162*>(w));
+}
+
+__device__ __forceinline__ void multiply_two(__half* v, const __half* w) {
+  auto* pair = reinterpret_cast<__half2*>(v);
+  *pair = __hmul2(*pair, *reinterpret_cast<const __half2*>(w));
+}
+
 template <typename T, int N>
-__device__ __forceinline__ void round_all(float* wide) {
-  widen_all(narrow_all<T, N>(wide), wide);
+__device__ __forceinline__ Vec<T, N> multiply_all(Vec<T, N> v, const Vec<T, N>& w) {
+  if constexpr (N == 1) {
+    v.data[0] = narrow<T>(widen(v.data[0]) * widen(w.data[0]));
+  } else {
+#pragma unroll
+    for (int j = 0; j < N; j += 2) multiply_two(v.data + j, w.data + j);
+  }
+  return v;
 }
 
 }  // namespace minivllm

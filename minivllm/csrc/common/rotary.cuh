@@ -78,28 +78,42 @@ __device__ __forceinline__ Turn<N> load_turn(const RotaryTable& table, int64_t p
   return turn;
 }
 
-template <typename T, int N>
-__device__ __forceinline__ void widen_unit(const Unit<T, N>& unit, float (&wide)[2 * N]) {
-  widen_all(unit.part[0], wide);
-  widen_all(unit.part[1], wide + N);
-}
-
-template <typename T, int N>
-__device__ __forceinline__ Unit<T, N> narrow_unit(const float (&wide)[2 * N]) {
-  return {{narrow_all<T, N>(wide), narrow_all<T, N>(wide + N)}};
-}
-
 // (a cos - b sin, b cos + a sin). The roundings are written out, so that every kernel gives the same bits.
-template <bool kInterleaved, int N>
-__device__ __forceinline__ void rotate(float (&unit)[2 * N], const Turn<N>& turn) {
+__device__ __forceinline__ void turn_pair(float& a, float& b, float cos, float sin) {
+  const float first = fmaf(a, cos, -__fmul_rn(b, sin));
+  b = fmaf(b, cos, __fmul_rn(a, sin));
+  a = first;
+}
+
+// Rounded once. Two elements at a time, to need few registers.
+template <bool kInterleaved, typename T, int N>
+__device__ __forceinline__ Unit<T, N> rotate(const Unit<T, N>& unit, const Turn<N>& turn) {
+  Unit<T, N> result;
+  float a[2], b[2];
+  if constexpr (N == 1) {
+    a[0] = widen(unit.part[0].data[0]), b[0] = widen(unit.part[1].data[0]);
+    turn_pair(a[0], b[0], turn.cos[0], turn.sin[0]);
+    result = {{{{narrow<T>(a[0])}}, {{narrow<T>(b[0])}}}};
+  } else if constexpr (kInterleaved) {
 #pragma unroll
-  for (int j = 0; j < N; ++j) {
-    float& first = unit[kInterleaved ? 2 * j : j];
-    float& second = unit[kInterleaved ? 2 * j + 1 : N + j];
-    const float a = first, b = second;
-    first = fmaf(a, turn.cos[j], -__fmul_rn(b, turn.sin[j]));
-    second = fmaf(b, turn.cos[j], __fmul_rn(a, turn.sin[j]));
+    for (int j = 0; j < N; ++j) {
+      const int part = 2 * j / N, i = 2 * j % N;
+      widen_two(unit.part[part].data + i, a);
+      turn_pair(a[0], a[1], turn.cos[j], turn.sin[j]);
+      narrow_two(a[0], a[1], result.part[part].data + i);
+    }
+  } else {
+#pragma unroll
+    for (int j = 0; j < N; j += 2) {
+      widen_two(unit.part[0].data + j, a);
+      widen_two(unit.part[1].data + j, b);
+      turn_pair(a[0], b[0], turn.cos[j], turn.sin[j]);
+      turn_pair(a[1], b[1], turn.cos[j + 1], turn.sin[j + 1]);
+      narrow_two(a[0], a[1], result.part[0].data + j);
+      narrow_two(b[0], b[1], result.part[1].data + j);
+    }
   }
+  return result;
 }
 
 // Whether units of 16-byte vectors fit: sizes, strides and addresses of heads of head_dim elements and of the table.
@@ -111,11 +125,11 @@ inline bool table_aligned(const RotaryTable& table, int64_t elements) {
   return reinterpret_cast<uintptr_t>(table.data) % 16 == 0 && table.stride % 4 == 0 && table.rotary_dim % (2 * elements) == 0;
 }
 
-// The smallest power of two that is at least n, up to 32: how many threads of a warp share a head of n units.
-inline int lanes_for(int64_t n) {
-  int lanes = 1;
-  while (lanes < 32 && lanes < n) lanes *= 2;
-  return lanes;
+// log2 of how many threads of a warp share a head of n units: a power of two, at least n if 32 are.
+inline int lane_bits_for(int64_t n) {
+  int bits = 0;
+  while (bits < 5 && (1 << bits) < n) ++bits;
+  return bits;
 }
 
 }  // namespace minivllm
