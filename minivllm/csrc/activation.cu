@@ -1,5 +1,4 @@
-// silu_and_mul and gelu_and_mul on CUDA: each thread takes one or two 16-byte vectors of the gate and the same of the up half, all
-// loaded before the first is used. Floor: 3 * d * bytes / bandwidth a row, or the launch for few rows.
+// silu_and_mul and gelu_and_mul on CUDA: each thread takes a 16-byte vector of the gate and the same one of the up half. Floor: 3 * d * bytes / bandwidth a row, or the launch for few rows.
 #include "activation.h"
 #include "common/convert.cuh"
 #include "common/launch.cuh"
@@ -8,8 +7,7 @@ namespace minivllm {
 namespace {
 
 constexpr int kMaxThreads = 256;
-constexpr int kMinThreads = 128;         // shorter rows share a block
-constexpr int64_t kFewVectors = 132 * 2048;  // below this many vectors each thread takes one, to use more of the GPU
+constexpr int kMinThreads = 128;  // shorter rows share a block
 
 // The distribution function of the normal distribution: 1 - tail or tail of |x|, tail = e^(-x^2 / 2) times a polynomial in
 // 1 / (1 + 0.35 |x|) (the form of Hastings 1955, Abramowitz and Stegun 26.2.17; coefficients fitted by us, relative error 4e-8).
@@ -37,8 +35,8 @@ __device__ __forceinline__ float activate(float x) {
   return __fdividef(x, 1.0f + __expf(-u));
 }
 
-// Block (x, y): a chunk blockIdx.y of kPerThread * blockDim.x vectors of the row blockIdx.x * blockDim.y + threadIdx.y.
-template <typename T, int N, Activation kActivation, int kPerThread>
+// Block (x, y): vectors from blockIdx.y * blockDim.x on of the row blockIdx.x * blockDim.y + threadIdx.y.
+template <typename T, int N, Activation kActivation>
 __global__ void __launch_bounds__(kMaxThreads)
     gated_kernel(const T* x, RowLayout x_rows, T* out, int64_t num_rows, int64_t num_vectors) {
   using V = Vec<T, N>;
@@ -46,28 +44,16 @@ __global__ void __launch_bounds__(kMaxThreads)
   let_dependents_launch();
   const int64_t row = static_cast<int64_t>(blockIdx.x) * blockDim.y + threadIdx.y;
   if (row >= num_rows) return;
-  const V* gate = reinterpret_cast<const V*>(x + row_offset(x_rows, row));
-  const V* up = gate + num_vectors;
+  const V* gates = reinterpret_cast<const V*>(x + row_offset(x_rows, row));
   V* target = reinterpret_cast<V*>(out) + row * num_vectors;
-  const int64_t stride = static_cast<int64_t>(gridDim.y) * blockDim.x * kPerThread;
-  for (int64_t first = static_cast<int64_t>(blockIdx.y) * blockDim.x * kPerThread + threadIdx.x; first < num_vectors;
-       first += stride) {
-    V gates[kPerThread], ups[kPerThread];
+  const int64_t stride = static_cast<int64_t>(gridDim.y) * blockDim.x;
+  for (int64_t i = static_cast<int64_t>(blockIdx.y) * blockDim.x + threadIdx.x; i < num_vectors; i += stride) {
+    const V gate = gates[i], up = gates[num_vectors + i];
+    float wide[N];
+    widen_all(gate, wide);
 #pragma unroll
-    for (int k = 0; k < kPerThread; ++k) {
-      const int64_t i = first + k * blockDim.x;
-      if (i < num_vectors) gates[k] = gate[i], ups[k] = up[i];
-    }
-#pragma unroll
-    for (int k = 0; k < kPerThread; ++k) {
-      const int64_t i = first + k * blockDim.x;
-      float wide[N];
-      widen_all(gates[k], wide);
-#pragma unroll
-      for (int j = 0; j < N; ++j) wide[j] = activate<kActivation>(wide[j]);
-      // The activation is rounded before the product, as Hugging Face does.
-      if (i < num_vectors) target[i] = multiply_all(narrow_all<T, N>(wide), ups[k]);
-    }
+    for (int j = 0; j < N; ++j) wide[j] = activate<kActivation>(wide[j]);
+    target[i] = multiply_all(narrow_all<T, N>(wide), up);  // rounded before the product, as Hugging Face does
   }
 }
 
@@ -81,18 +67,16 @@ struct Problem {
 template <typename T, int N, Activation kActivation>
 const char* launch(const Problem& p, cudaStream_t stream) {
   const int64_t num_vectors = p.d / N;
-  const int per_thread = p.num_rows * num_vectors < kFewVectors ? 1 : 2;
-  const int64_t per_block = static_cast<int64_t>(kMaxThreads) * per_thread;
-  int64_t chunks = (num_vectors + per_block - 1) / per_block;
+  int64_t chunks = (num_vectors + kMaxThreads - 1) / kMaxThreads;
   if (chunks > 65535) chunks = 65535;
-  const int64_t wanted = (num_vectors + chunks * per_thread - 1) / (chunks * per_thread);  // threads, chunks of equal length
+  const int64_t wanted = (num_vectors + chunks - 1) / chunks;  // threads, chunks of equal length
   const int threads = wanted >= kMaxThreads ? kMaxThreads : static_cast<int>((wanted + 31) / 32 * 32);
   const int rows_per_block = threads >= kMinThreads ? 1 : kMinThreads / threads;
   const int64_t blocks = (p.num_rows + rows_per_block - 1) / rows_per_block;
   if (blocks > 2147483647) return "more than 2^31 - 1 blocks of rows";
-  auto* kernel = per_thread == 1 ? gated_kernel<T, N, kActivation, 1> : gated_kernel<T, N, kActivation, 2>;
-  return launch_overlapped(kernel, dim3(static_cast<unsigned>(blocks), static_cast<unsigned>(chunks)), dim3(threads, rows_per_block),
-                           0, stream, static_cast<const T*>(p.x), p.x_rows, static_cast<T*>(p.out), p.num_rows, num_vectors);
+  return launch_overlapped(gated_kernel<T, N, kActivation>, dim3(static_cast<unsigned>(blocks), static_cast<unsigned>(chunks)),
+                           dim3(threads, rows_per_block), 0, stream, static_cast<const T*>(p.x), p.x_rows,
+                           static_cast<T*>(p.out), p.num_rows, num_vectors);
 }
 
 template <typename T, int N>

@@ -7,7 +7,9 @@
 namespace minivllm {
 namespace {
 
-constexpr int kMaxWarps = 4;
+constexpr int kMaxWarps = 8;
+constexpr int kManyBlocks = 5;               // of kMaxWarps on one multiprocessor, where there are many tokens
+constexpr int64_t kFewThreads = 132 * 2048;  // as many threads as an H100 or H200 runs at a time
 
 struct Problem {
   QkNormRopeStore x;
@@ -66,6 +68,14 @@ __device__ __forceinline__ float sum_of_squares(const Vec<T, N>& v) {
   return sum;
 }
 
+// The same values, but not to the compiler: it widens them again later instead of keeping them widened, which takes twice the registers.
+template <typename T, int N>
+__device__ __forceinline__ void forget_widened(Unit<T, N>& unit) {
+  static_assert(sizeof unit == 32);
+#pragma unroll
+  for (int i = 0; i < 8; ++i) asm volatile("" : "+r"(reinterpret_cast<uint32_t*>(&unit)[i]));
+}
+
 __device__ __forceinline__ float lanes_sum(float v, int lane_bits) {
   for (int lane = (1 << lane_bits) / 2; lane > 0; lane /= 2) v += __shfl_xor_sync(0xffffffffu, v, lane);
   return v;
@@ -73,23 +83,29 @@ __device__ __forceinline__ float lanes_sum(float v, int lane_bits) {
 
 // Rounded before and after the product with the weight, as rms_norm does.
 template <typename T, int N>
-__device__ __forceinline__ void normalise(Vec<T, N>& v, float scale, const T* weight) {
+__device__ __forceinline__ Unit<T, N> normalise(Unit<T, N> unit, float scale, const Unit<T, N>& weight) {
 #pragma unroll
-  for (int j = 0; j < N; j += 2) {
-    float wide[2];
-    widen_two(v.data + j, wide);
-    narrow_two(wide[0] * scale, wide[1] * scale, v.data + j);
+  for (int part = 0; part < 2; ++part) {
+#pragma unroll
+    for (int j = 0; j < N; j += 2) {
+      float wide[2];
+      widen_two(unit.part[part].data + j, wide);
+      narrow_two(wide[0] * scale, wide[1] * scale, unit.part[part].data + j);
+    }
+    unit.part[part] = multiply_all(unit.part[part], weight.part[part]);
   }
-  v = multiply_all(v, *reinterpret_cast<const Vec<T, N>*>(weight));
+  return unit;
 }
 
 __device__ __forceinline__ float inverse_rms(const Problem& p, float sum) {
   return rsqrtf(fmaf(sum, p.inverse_head_dim, p.x.eps));
 }
 
-// Vectors of 16 bytes, one unit a thread. Block (x, y): token blockIdx.x, heads from blockIdx.y * (heads of a block) on.
-template <typename T, int N, bool kInterleaved>
-__global__ void __launch_bounds__(32 * kMaxWarps, 9) vector_kernel(const __grid_constant__ Problem p) {
+// Vectors of 16 bytes, one unit a thread. Block (x, y): token blockIdx.x, heads from blockIdx.y * (heads of a block) on. With few tokens
+// time is latency, so all is loaded at once; with many it is better to need few registers and to find the table in the L1, where the
+// warp that came first has brought it.
+template <typename T, int N, bool kInterleaved, bool kFew>
+__global__ void __launch_bounds__(32 * kMaxWarps, kFew ? 1 : kManyBlocks) vector_kernel(const __grid_constant__ Problem p) {
   wait_for_predecessors();
   let_dependents_launch();
   const int64_t token = blockIdx.x, position = position_of(p.table, token), slot = p.x.slots[token];
@@ -97,21 +113,21 @@ __global__ void __launch_bounds__(32 * kMaxWarps, 9) vector_kernel(const __grid_
   const Head<T> head(p.x, token, thread >> p.lane_bits);
   const bool live = 2 * N * u < p.x.head_dim && head.source != nullptr;  // idle threads still take part in the sum
   const UnitPlace place = place_of<N, kInterleaved>(u, p.table.rotary_dim);
-  Unit<T, N> unit{};
-  if (live) unit = load_unit<T, N>(head.source, place);
-  const bool turns = live && head.turns && place.turns;
+  const bool norms = live && head.weight != nullptr, turns = live && head.turns && place.turns;
+  Unit<T, N> unit{}, weight;
   Turn<N> turn;
-  if (turns) turn = load_turn<N>(p.table, position, u);
-  if (__any_sync(0xffffffffu, head.weight != nullptr)) {
+  if (live) unit = load_unit<T, N>(head.source, place);
+  if (kFew && norms) weight = load_unit<T, N>(head.weight, place);
+  if (kFew && turns) turn = load_turn<N>(p.table, position, u);
+  if (__any_sync(0xffffffffu, norms)) {
     // The order of rms_norm for a power of two of vectors: halves, quarters, ... are added first.
     const float a = sum_of_squares(unit.part[0]), b = sum_of_squares(unit.part[1]);
     const float sum = kInterleaved ? lanes_sum(a, p.lane_bits) + lanes_sum(b, p.lane_bits) : lanes_sum(a + b, p.lane_bits);
-    if (live && head.weight != nullptr) {
-      const float scale = inverse_rms(p, sum);
-      normalise(unit.part[0], scale, head.weight + place.a);
-      normalise(unit.part[1], scale, head.weight + place.b);
-    }
+    if (!kFew) forget_widened(unit);
+    if (!kFew && norms) weight = load_unit<T, N>(head.weight, place);
+    if (norms) unit = normalise(unit, inverse_rms(p, sum), weight);
   }
+  if (!kFew && turns) turn = load_turn<N>(p.table, position, u);
   if (turns) unit = rotate<kInterleaved>(unit, turn);
   T* target = live ? head.target(p, slot) : nullptr;
   if (target != nullptr) store_unit(unit, target, place);
@@ -152,8 +168,11 @@ const char* launch(Problem p, bool wide, int64_t num_tokens, cudaStream_t stream
   const int64_t warps = ((static_cast<int64_t>(p.x.q.count + 2 * p.x.k.count) << p.lane_bits) + 31) / 32;
   const int64_t chunks = (warps + kMaxWarps - 1) / kMaxWarps;
   if (num_tokens > 2147483647 || chunks > 65535) return "too many tokens or heads";
-  return launch_overlapped(wide ? vector_kernel<T, N, kInterleaved> : element_kernel<T, kInterleaved>,
-                           dim3(static_cast<unsigned>(num_tokens), static_cast<unsigned>(chunks)),
+  const bool few = num_tokens * warps * 32 <= kFewThreads;
+  auto* kernel = !wide ? element_kernel<T, kInterleaved>
+                 : few ? vector_kernel<T, N, kInterleaved, true>
+                       : vector_kernel<T, N, kInterleaved, false>;
+  return launch_overlapped(kernel, dim3(static_cast<unsigned>(num_tokens), static_cast<unsigned>(chunks)),
                            dim3(32, static_cast<unsigned>((warps + chunks - 1) / chunks)), 0, stream, p);
 }
 

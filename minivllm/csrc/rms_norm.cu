@@ -10,31 +10,51 @@ namespace minivllm {
 namespace {
 
 constexpr int kMaxThreads = 1024;
+constexpr int kMaxVectors = 4;               // that a thread keeps
 constexpr int kMaxRows = 8;                  // rows that share a block
 constexpr int64_t kFewThreads = 132 * 2048;  // as many threads as an H100 or H200 runs at a time
+
+// Sums of kVectors values over the 32 threads of a warp, each by halves, quarters, ..., and then over the values by halves, quarters, ...
+// Two values share a shuffle while there are two: each half of the threads goes on with one of them.
+__device__ __forceinline__ float groups_sum(const float (&v)[1]) { return warp_sum(v[0]); }
+
+template <int kVectors>
+__device__ __forceinline__ float groups_sum(const float (&v)[kVectors]) {
+  constexpr int kHalf = kVectors / 2, kFirst = 16;
+  const bool upper = (threadIdx.x & kFirst) != 0;
+  float mine[kHalf];
+#pragma unroll
+  for (int k = 0; k < kHalf; ++k) {
+    const float kept = upper ? v[k + kHalf] : v[k], sent = upper ? v[k] : v[k + kHalf];
+    mine[k] = kept + __shfl_xor_sync(0xffffffffu, sent, kFirst);
+  }
+#pragma unroll
+  for (int k = 0; k < kHalf; ++k) {
+#pragma unroll
+    for (int lane = kFirst / 2; lane > 0; lane /= 2) mine[k] += __shfl_xor_sync(0xffffffffu, mine[k], lane);
+    mine[k] += __shfl_xor_sync(0xffffffffu, mine[k], kFirst);  // value k and value k + kHalf
+  }
+  if constexpr (kHalf == 2) mine[0] += mine[1];
+  static_assert(kHalf <= 2, "the tree over the values is written for up to four");
+  return mine[0];
+}
 
 // Sum over a row's vectors, whose sums lie in groups[k] of thread t for vector t + k * blockDim.x. First over each 32 neighbours, then
 // over halves, quarters, ... of what remains: a fixed tree over the row's vectors, the same for any kVectors and blockDim.x, so a row's
 // result depends neither on its neighbours nor on their number.
 template <int kVectors>
-__device__ __forceinline__ float tree_sum(float (&groups)[kVectors], float* partial) {
-#pragma unroll
-  for (int k = 0; k < kVectors; ++k) groups[k] = warp_sum(groups[k]);
-#pragma unroll
-  for (int step = kVectors / 2; step > 0; step /= 2) {
-#pragma unroll
-    for (int k = 0; k < step; ++k) groups[k] += groups[k + step];
-  }
+__device__ __forceinline__ float tree_sum(const float (&groups)[kVectors], float* partial) {
+  const float sum = groups_sum(groups);
   const int warps = blockDim.x / 32;
-  if (warps == 1) return groups[0];
+  if (warps == 1) return sum;
   float* mine = partial + threadIdx.y * 32;
-  if (threadIdx.x % 32 == 0) mine[threadIdx.x / 32] = groups[0];
+  if (threadIdx.x % 32 == 0) mine[threadIdx.x / 32] = sum;
   __syncthreads();
   return warp_sum(static_cast<int>(threadIdx.x % 32) < warps ? mine[threadIdx.x % 32] : 0.0f);
 }
 
-// One row a threadIdx.y. kFused adds x into the residual first and normalises the rounded sum. Rows of more than kVectors * blockDim.x
-// vectors are read a second time for what does not fit (from L2).
+// One row a threadIdx.y. kFused adds x into the residual first and normalises the rounded sum. With kMaxVectors vectors a thread, rows
+// may be longer still: what does not fit into registers is read a second time (from L2).
 template <typename T, int N, bool kFused, int kVectors>
 __global__ void __launch_bounds__(kMaxThreads)
     rms_norm_kernel(T* x, RowLayout x_rows, T* residual, RowLayout residual_rows, const T* weight, T* out, int64_t num_rows,
@@ -47,15 +67,19 @@ __global__ void __launch_bounds__(kMaxThreads)
   const bool live = row < num_rows;  // idle rows of the last block still take part in __syncthreads
   V* x_row = live ? reinterpret_cast<V*>(x + row_offset(x_rows, row)) : nullptr;
   V* r_row = live && kFused ? reinterpret_cast<V*>(residual + row_offset(residual_rows, row)) : nullptr;
-  const int end = live ? num_vectors : 0, beyond = kVectors * blockDim.x;
+  const int end = live ? num_vectors : 0;
+  // The first vector that does not fit into registers.
+  const int beyond = kVectors == kMaxVectors ? threadIdx.x + kVectors * blockDim.x : end;
+  const V* w = reinterpret_cast<const V*>(weight);
 
-  V kept[kVectors], added[kVectors];
+  V kept[kVectors], added[kVectors], weights;
 #pragma unroll
   for (int k = 0; k < kVectors; ++k) {
     const int i = threadIdx.x + k * blockDim.x;
     if (i < end) kept[k] = x_row[i];
     if (kFused && i < end) added[k] = r_row[i];
   }
+  if (kVectors == 1 && static_cast<int>(threadIdx.x) < end) weights = w[threadIdx.x];
   const auto add = [&](V& v, const V& r, int i) {  // the sum of squares of one vector
     float wide[N], sum = 0.0f;
     widen_all(v, wide);
@@ -78,27 +102,26 @@ __global__ void __launch_bounds__(kMaxThreads)
     const int i = threadIdx.x + k * blockDim.x;
     sums[k] = i < end ? add(kept[k], added[k], i) : 0.0f;
   }
-  for (int i = threadIdx.x + beyond; i < end; i += blockDim.x) {
+  for (int i = beyond; i < end; i += blockDim.x) {
     V v = x_row[i];
     sums[0] += add(v, kFused ? r_row[i] : v, i);
   }
 
   const float scale = rsqrtf(fmaf(tree_sum(sums, partial), inverse_hidden, eps));
   V* out_row = kFused ? x_row : reinterpret_cast<V*>(out) + row * num_vectors;
-  const V* w = reinterpret_cast<const V*>(weight);
   const auto put = [&](const V& v, int i) {
     float wide[N];
     widen_all(v, wide);
 #pragma unroll
     for (int j = 0; j < N; ++j) wide[j] *= scale;
-    out_row[i] = multiply_all(narrow_all<T, N>(wide), w[i]);
+    out_row[i] = multiply_all(narrow_all<T, N>(wide), kVectors == 1 ? weights : w[i]);
   };
 #pragma unroll
   for (int k = 0; k < kVectors; ++k) {
     const int i = threadIdx.x + k * blockDim.x;
     if (i < end) put(kept[k], i);
   }
-  for (int i = threadIdx.x + beyond; i < end; i += blockDim.x) put(kFused ? r_row[i] : x_row[i], i);
+  for (int i = beyond; i < end; i += blockDim.x) put(kFused ? r_row[i] : x_row[i], i);
 }
 
 struct Problem {

@@ -8,7 +8,8 @@
 namespace minivllm {
 namespace {
 
-constexpr int kMaxWarps = 4;
+constexpr int kMaxWarps = 8;
+constexpr int kBlocks = 6;  // of kMaxWarps on one multiprocessor
 
 struct Problem {
   HeadLayout q, k;
@@ -18,7 +19,7 @@ struct Problem {
 
 // Block (x, y): token blockIdx.x, heads from blockIdx.y * (heads of a block) on; q's heads, then k's.
 template <typename T, int N, bool kInterleaved>
-__global__ void __launch_bounds__(32 * kMaxWarps, 12) rope_kernel(const __grid_constant__ Problem p) {
+__global__ void __launch_bounds__(32 * kMaxWarps, kBlocks) rope_kernel(const __grid_constant__ Problem p) {
   wait_for_predecessors();
   let_dependents_launch();
   const int64_t token = blockIdx.x, position = position_of(p.table, token);
