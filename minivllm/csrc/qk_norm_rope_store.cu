@@ -83,18 +83,14 @@ __device__ __forceinline__ float lanes_sum(float v, int lane_bits) {
 
 // Rounded before and after the product with the weight, as rms_norm does.
 template <typename T, int N>
-__device__ __forceinline__ Unit<T, N> normalise(Unit<T, N> unit, float scale, const Unit<T, N>& weight) {
+__device__ __forceinline__ void normalise(Vec<T, N>& v, float scale, const Vec<T, N>& weight) {
 #pragma unroll
-  for (int part = 0; part < 2; ++part) {
-#pragma unroll
-    for (int j = 0; j < N; j += 2) {
-      float wide[2];
-      widen_two(unit.part[part].data + j, wide);
-      narrow_two(wide[0] * scale, wide[1] * scale, unit.part[part].data + j);
-    }
-    unit.part[part] = multiply_all(unit.part[part], weight.part[part]);
+  for (int j = 0; j < N; j += 2) {
+    float wide[2];
+    widen_two(v.data + j, wide);
+    narrow_two(wide[0] * scale, wide[1] * scale, v.data + j);
   }
-  return unit;
+  v = multiply_all(v, weight);
 }
 
 __device__ __forceinline__ float inverse_rms(const Problem& p, float sum) {
@@ -124,8 +120,11 @@ __global__ void __launch_bounds__(32 * kMaxWarps, kFew ? 1 : kManyBlocks) vector
     const float a = sum_of_squares(unit.part[0]), b = sum_of_squares(unit.part[1]);
     const float sum = kInterleaved ? lanes_sum(a, p.lane_bits) + lanes_sum(b, p.lane_bits) : lanes_sum(a + b, p.lane_bits);
     if (!kFew) forget_widened(unit);
-    if (!kFew && norms) weight = load_unit<T, N>(head.weight, place);
-    if (norms) unit = normalise(unit, inverse_rms(p, sum), weight);
+    if (norms) {
+      const float scale = inverse_rms(p, sum);
+      normalise(unit.part[0], scale, kFew ? weight.part[0] : *reinterpret_cast<const Vec<T, N>*>(head.weight + place.a));
+      normalise(unit.part[1], scale, kFew ? weight.part[1] : *reinterpret_cast<const Vec<T, N>*>(head.weight + place.b));
+    }
   }
   if (!kFew && turns) turn = load_turn<N>(p.table, position, u);
   if (turns) unit = rotate<kInterleaved>(unit, turn);
