@@ -1,5 +1,5 @@
-// silu_and_mul and gelu_and_mul: argument checks, CPU kernels (one row at a time, gate and up widened to float32), and the border to the
-// CUDA kernels of activation.cu.
+// silu_and_mul and gelu_and_mul: argument checks, CPU kernels (one row at a time, gate and up widened to float32), and the
+// border to the CUDA kernels of activation.cu.
 #include "activation.h"
 #include "common/check.h"
 #include "common/cpu.h"
@@ -15,8 +15,9 @@ inline float silu(float x) { return x / (1.0f + fast_exp(-x)); }
 // x / 2 * (1 + tanh(u)) = x / (1 + e^(-2u)), u = sqrt(2 / pi) (x + 0.044715 x^3).
 inline float gelu_tanh(float x) { return x / (1.0f + fast_exp(-1.595769122f * (x + 0.044715f * x * x * x))); }
 
-// x times the distribution function of the normal distribution: 1 - tail or tail of |x|, tail = e^(-x^2 / 2) times a polynomial in
-// 1 / (1 + 0.35 |x|) (the form of Hastings 1955, Abramowitz and Stegun 26.2.17; coefficients fitted by us, relative error 4e-8).
+// x times the distribution function of the normal distribution: 1 - tail or tail of |x|, tail = e^(-x^2 / 2) times a polynomial
+// in 1 / (1 + 0.35 |x|) (the form of Hastings 1955, Abramowitz and Stegun 26.2.17; coefficients fitted by us, relative error
+// 4e-8).
 inline float gelu(float x) {
   const float t = 1.0f / (1.0f + 0.35f * std::fabs(x));
   float p = -0.0291514887f;

@@ -1,4 +1,5 @@
-// silu_and_mul and gelu_and_mul on CUDA: each thread takes a 16-byte vector of the gate and the same one of the up half. Floor: 3 * d * bytes / bandwidth a row, or the launch for few rows.
+// silu_and_mul and gelu_and_mul on CUDA: each thread takes a 16-byte vector of the gate and the same one of the up half. Floor:
+// 3 * d * bytes / bandwidth a row, or the launch for few rows.
 #include "activation.h"
 #include "common/convert.cuh"
 #include "common/launch.cuh"
@@ -9,8 +10,8 @@ namespace {
 constexpr int kMaxThreads = 256;
 constexpr int kMinThreads = 128;  // shorter rows share a block
 
-// The distribution function of the normal distribution: 1 - tail or tail of |x|, tail = e^(-x^2 / 2) times a polynomial in
-// 1 / (1 + 0.35 |x|) (the form of Hastings 1955, Abramowitz and Stegun 26.2.17; coefficients fitted by us, relative error 4e-8).
+// The distribution function of the normal distribution: 1 - tail or tail of |x|, tail = e^(-x^2 / 2) times a polynomial in 1 /
+// (1 + 0.35 |x|) (the form of Hastings 1955, Abramowitz and Stegun 26.2.17; coefficients fitted by us, relative error 4e-8).
 __device__ __forceinline__ float normal_distribution(float x) {
   const float t = __fdividef(1.0f, fmaf(0.35f, fabsf(x), 1.0f));
   float p = -0.0291514887f;
@@ -30,8 +31,8 @@ template <Activation kActivation>
 __device__ __forceinline__ float activate(float x) {
   if (kActivation == Activation::kGelu) return x * normal_distribution(x);
   // x / 2 * (1 + tanh(u)) = x / (1 + e^(-2u)): no cancellation for negative x, and silu's own form.
-  float u = x;
-  if (kActivation == Activation::kGeluTanh) u = 1.595769122f * fmaf(0.044715f * x * x, x, x);  // 2 sqrt(2 / pi) (x + 0.044715 x^3)
+  float u = x;  // 2u for gelu: 2 sqrt(2 / pi) (x + 0.044715 x^3)
+  if (kActivation == Activation::kGeluTanh) u = 1.595769122f * fmaf(0.044715f * x * x, x, x);
   return __fdividef(x, 1.0f + __expf(-u));
 }
 

@@ -1,5 +1,5 @@
-// qk_norm_rope_store: argument checks, the CPU kernel, and the border to the CUDA kernel of qk_norm_rope_store.cu. On the CPU each head
-// goes through the very functions of rms_norm and apply_rope, keys on their way into the cache.
+// qk_norm_rope_store: argument checks, the CPU kernel, and the border to the CUDA kernel of qk_norm_rope_store.cu. On the CPU
+// each head goes through the very functions of rms_norm and apply_rope, keys on their way into the cache.
 #include "common/cuda_border.h"
 #include "common/kv_cache.h"
 #include "common/norm_row.h"
@@ -72,10 +72,11 @@ void run(const Arguments& a, float eps, bool interleaved, int64_t begin, int64_t
   const int64_t d = a.q.size(2), heads = a.q.size(1), kv_heads = a.k.size(1), block_size = a.k_cache.size(2);
   const T *q_weight = weight_of<T>(a.q_weight), *k_weight = weight_of<T>(a.k_weight);
   const auto* slots = static_cast<const int64_t*>(a.slots.data_ptr());
+  const auto* table = static_cast<const float*>(a.cos_sin_cache.data_ptr());
   const int64_t half = a.cos_sin_cache.size(1) / 2;
   std::vector<float> scratch(2 * d);
   for (int64_t t = begin; t < end; ++t) {
-    const float* cs = static_cast<const float*>(a.cos_sin_cache.data_ptr()) + position(a.positions, t) * a.cos_sin_cache.stride(0);
+    const float* cs = table + position(a.positions, t) * a.cos_sin_cache.stride(0);
     for (int64_t h = 0; h < heads; ++h) {
       T* q = row<T>(a.q, t, h);
       norm_and_rotate<T>(q, q_weight, q, d, eps, cs, half, interleaved, scratch.data());
@@ -91,8 +92,8 @@ void run(const Arguments& a, float eps, bool interleaved, int64_t begin, int64_t
 }
 
 void qk_norm_rope_store_cpu(Tensor q, const Tensor& k, const Tensor& v, std::optional<Tensor> q_weight,
-                            std::optional<Tensor> k_weight, const Tensor& positions, const Tensor& cos_sin_cache, Tensor k_cache,
-                            Tensor v_cache, const Tensor& slot_mapping, double eps, bool interleaved) {
+                            std::optional<Tensor> k_weight, const Tensor& positions, const Tensor& cos_sin_cache,
+                            Tensor k_cache, Tensor v_cache, const Tensor& slot_mapping, double eps, bool interleaved) {
   const Arguments a{q, k, v, q_weight, k_weight, positions, cos_sin_cache, k_cache, v_cache, slot_mapping};
   const Check check = check_arguments(a);
   check_positions(check, positions);
@@ -115,8 +116,8 @@ namespace {
 HeadLayout cuda_heads(const Tensor& x) { return {x.data_ptr(), x.stride(0), x.stride(1), static_cast<int>(x.size(1))}; }
 
 void qk_norm_rope_store_cuda(Tensor q, const Tensor& k, const Tensor& v, std::optional<Tensor> q_weight,
-                             std::optional<Tensor> k_weight, const Tensor& positions, const Tensor& cos_sin_cache, Tensor k_cache,
-                             Tensor v_cache, const Tensor& slot_mapping, double eps, bool interleaved) {
+                             std::optional<Tensor> k_weight, const Tensor& positions, const Tensor& cos_sin_cache,
+                             Tensor k_cache, Tensor v_cache, const Tensor& slot_mapping, double eps, bool interleaved) {
   check_arguments({q, k, v, q_weight, k_weight, positions, cos_sin_cache, k_cache, v_cache, slot_mapping});
   const CudaScope scope(q);
   QkNormRopeStore p{};

@@ -1,5 +1,6 @@
-// qk_norm_rope_store on CUDA: one pass over a token's q, k and v. A block takes one token (and some of its heads); 1 to 32 threads share
-// a head and hold all of it in registers between the sum of squares and the rotation, each with 16 bytes of both of its halves. Floor: 2 * (num_heads + 2 num_kv_heads) * head_dim * bytes / bandwidth a token, or the launch for few tokens.
+// qk_norm_rope_store on CUDA: one pass over a token's q, k and v. A block takes one token (and some of its heads); 1 to 32
+// threads share a head and hold all of it in registers between the sum of squares and the rotation, each with 16 bytes of both
+// of its halves. Floor: 2 * (num_heads + 2 num_kv_heads) * head_dim * bytes / bandwidth a token, or the launch for few tokens.
 #include "common/launch.cuh"
 #include "common/rotary.cuh"
 #include "qk_norm_rope_store.h"
@@ -22,13 +23,13 @@ struct Problem {
 // One head of a token: where it comes from and which norm it gets. Heads in order: q's, k's, v's.
 template <typename T>
 struct Head {
-  T* source;  // null beyond the last head
-  const T* weight;
-  T* cache;  // null for q, which is written in place
-  int64_t block_stride, index;
+  T* source = nullptr;        // null beyond the last head
+  const T* weight = nullptr;  // null: no norm
+  T* cache = nullptr;         // null for q, which is written in place
+  int64_t block_stride = 0, index;
+  bool turns = true;
 
-  __device__ __forceinline__ Head(const QkNormRopeStore& x, int64_t token, int head)
-      : source(nullptr), weight(nullptr), cache(nullptr), block_stride(0), index(head) {
+  __device__ __forceinline__ Head(const QkNormRopeStore& x, int64_t token, int head) : index(head) {
     if (head < x.q.count) {
       source = place(x.q, token), weight = static_cast<const T*>(x.q_weight);
     } else if ((index -= x.q.count) < x.k.count) {
@@ -39,8 +40,6 @@ struct Head {
       cache = static_cast<T*>(x.v_cache), block_stride = x.v_block_stride;
     }
   }
-
-  bool turns = true;
 
   // Null: nothing to write.
   __device__ __forceinline__ T* target(const Problem& p, int64_t slot) const {
@@ -68,7 +67,8 @@ __device__ __forceinline__ float sum_of_squares(const Vec<T, N>& v) {
   return sum;
 }
 
-// The same values, but not to the compiler: it widens them again later instead of keeping them widened, which takes twice the registers.
+// The same values, but not to the compiler: it widens them again later instead of keeping them widened, which takes twice the
+// registers.
 template <typename T, int N>
 __device__ __forceinline__ void forget_widened(Unit<T, N>& unit) {
   static_assert(sizeof unit == 32);
@@ -97,9 +97,9 @@ __device__ __forceinline__ float inverse_rms(const Problem& p, float sum) {
   return rsqrtf(fmaf(sum, p.inverse_head_dim, p.x.eps));
 }
 
-// Vectors of 16 bytes, one unit a thread. Block (x, y): token blockIdx.x, heads from blockIdx.y * (heads of a block) on. With few tokens
-// time is latency, so all is loaded at once; with many it is better to need few registers and to find the table in the L1, where the
-// warp that came first has brought it.
+// Vectors of 16 bytes, one unit a thread. Block (x, y): token blockIdx.x, heads from blockIdx.y * (heads of a block) on. With
+// few tokens time is latency, so all is loaded at once; with many it is better to need few registers and to find the table in
+// the L1, where the warp that came first has brought it.
 template <typename T, int N, bool kInterleaved, bool kFew>
 __global__ void __launch_bounds__(32 * kMaxWarps, kFew ? 1 : kManyBlocks) vector_kernel(const __grid_constant__ Problem p) {
   wait_for_predecessors();

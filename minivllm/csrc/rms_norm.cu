@@ -1,7 +1,7 @@
-// rms_norm and fused_add_rms_norm on CUDA. A row is one pass over memory: each thread keeps one, two or four 16-byte vectors in registers
-// between the sum of squares and the scaling, all loaded before the first is used. Few rows get as many threads as they can use (the
-// shortest time for one row); many rows get two vectors a thread, enough bytes under way to fill the memory's pipe. Floor: bytes /
-// bandwidth (2 x row for rms_norm, 4 x row fused), or the launch for few rows.
+// rms_norm and fused_add_rms_norm on CUDA. A row is one pass over memory: each thread keeps one, two or four 16-byte vectors in
+// registers between the sum of squares and the scaling, all loaded before the first is used. Few rows get as many threads as
+// they can use (the shortest time for one row); many rows get two vectors a thread, enough bytes under way to fill the memory's
+// pipe. Floor: bytes / bandwidth (2 x row for rms_norm, 4 x row fused), or the launch for few rows.
 #include "common/convert.cuh"
 #include "common/launch.cuh"
 #include "rms_norm.h"
@@ -14,8 +14,8 @@ constexpr int kMaxVectors = 4;               // that a thread keeps
 constexpr int kMaxRows = 8;                  // rows that share a block
 constexpr int64_t kFewThreads = 132 * 2048;  // as many threads as an H100 or H200 runs at a time
 
-// Sums of kVectors values over the 32 threads of a warp, each by halves, quarters, ..., and then over the values by halves, quarters, ...
-// Two values share a shuffle while there are two: each half of the threads goes on with one of them.
+// Sums of kVectors values over the 32 threads of a warp, each by halves, quarters, ..., and then over the values by halves,
+// quarters, ... Two values share a shuffle while there are two: each half of the threads goes on with one of them.
 __device__ __forceinline__ float groups_sum(const float (&v)[1]) { return warp_sum(v[0]); }
 
 template <int kVectors>
@@ -39,9 +39,9 @@ __device__ __forceinline__ float groups_sum(const float (&v)[kVectors]) {
   return mine[0];
 }
 
-// Sum over a row's vectors, whose sums lie in groups[k] of thread t for vector t + k * blockDim.x. First over each 32 neighbours, then
-// over halves, quarters, ... of what remains: a fixed tree over the row's vectors, the same for any kVectors and blockDim.x, so a row's
-// result depends neither on its neighbours nor on their number.
+// Sum over a row's vectors, whose sums lie in groups[k] of thread t for vector t + k * blockDim.x. First over each 32
+// neighbours, then over halves, quarters, ... of what remains: a fixed tree over the row's vectors, the same for any kVectors
+// and blockDim.x, so a row's result depends neither on its neighbours nor on their number.
 template <int kVectors>
 __device__ __forceinline__ float tree_sum(const float (&groups)[kVectors], float* partial) {
   const float sum = groups_sum(groups);
@@ -53,8 +53,8 @@ __device__ __forceinline__ float tree_sum(const float (&groups)[kVectors], float
   return warp_sum(static_cast<int>(threadIdx.x % 32) < warps ? mine[threadIdx.x % 32] : 0.0f);
 }
 
-// One row a threadIdx.y. kFused adds x into the residual first and normalises the rounded sum. With kMaxVectors vectors a thread, rows
-// may be longer still: what does not fit into registers is read a second time (from L2).
+// One row a threadIdx.y. kFused adds x into the residual first and normalises the rounded sum. With kMaxVectors vectors a
+// thread, rows may be longer still: what does not fit into registers is read a second time (from L2).
 template <typename T, int N, bool kFused, int kVectors>
 __global__ void __launch_bounds__(kMaxThreads)
     rms_norm_kernel(T* x, RowLayout x_rows, T* residual, RowLayout residual_rows, const T* weight, T* out, int64_t num_rows,
@@ -151,16 +151,19 @@ const char* launch(const Problem& p, bool few, cudaStream_t stream) {
   if (blocks > 2147483647 || num_vectors > 2147483647) return "more than 2^31 - 1 blocks of rows or vectors of a row";
   return launch_overlapped(rms_norm_kernel<T, N, kFused, kVectors>, dim3(static_cast<unsigned>(blocks)),
                            dim3(threads, rows_per_block), 0, stream, static_cast<T*>(p.x), p.x_rows,
-                           static_cast<T*>(p.residual), p.residual_rows, static_cast<const T*>(p.weight), static_cast<T*>(p.out),
-                           p.num_rows, static_cast<int>(num_vectors), 1.0f / static_cast<float>(p.hidden), p.eps);
+                           static_cast<T*>(p.residual), p.residual_rows, static_cast<const T*>(p.weight),
+                           static_cast<T*>(p.out), p.num_rows, static_cast<int>(num_vectors),
+                           1.0f / static_cast<float>(p.hidden), p.eps);
 }
 
 template <typename T, int N, bool kFused>
 const char* choose(const Problem& p, cudaStream_t stream) {
   const int64_t num_vectors = p.hidden / N;
   const bool few = p.num_rows * threads_for(num_vectors, 1) <= kFewThreads;
-  // Fused rows have two loads for each vector under way, so one vector a thread is enough of them until the row is a whole block.
-  if (num_vectors <= kMaxThreads && (few || (kFused && num_vectors <= kMaxThreads / 2))) return launch<T, N, kFused, 1>(p, few, stream);
+  // Fused rows have two loads for each vector under way, so one vector a thread is enough of them until the row is a whole
+  // block.
+  const int64_t one_each = few ? kMaxThreads : kFused ? kMaxThreads / 2 : 0;
+  if (num_vectors <= one_each) return launch<T, N, kFused, 1>(p, few, stream);
   return num_vectors <= 2 * kMaxThreads ? launch<T, N, kFused, 2>(p, few, stream) : launch<T, N, kFused, 4>(p, few, stream);
 }
 

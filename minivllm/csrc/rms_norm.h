@@ -1,4 +1,5 @@
-// Launchers of rms_norm.cu, torch-free: raw pointers, strides in elements, a cudaStream_t as void*. They return null or an error text.
+// Launchers of rms_norm.cu, torch-free: raw pointers, strides in elements, a cudaStream_t as void*. They return null or an
+// error text.
 #pragma once
 
 #include "common/dtype.h"

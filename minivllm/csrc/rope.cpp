@@ -1,5 +1,5 @@
-// apply_rope: argument checks, the CPU kernel (each head's rotary part is widened to float32, turned, and rounded back), and the border
-// to the CUDA kernel of rope.cu.
+// apply_rope: argument checks, the CPU kernel (each head's rotary part is widened to float32, turned, and rounded back), and
+// the border to the CUDA kernel of rope.cu.
 #include "common/cuda_border.h"
 #include "common/rope_row.h"
 #include "rope.h"
@@ -55,7 +55,8 @@ void apply_rope_cuda(Tensor q, Tensor k, const Tensor& positions, const Tensor& 
   check_rope(q, k, positions, cos_sin_cache);
   const CudaScope scope(q);
   check_launch("apply_rope",
-               launch_apply_rope(cuda_heads(q), cuda_heads(k), positions.data_ptr(), positions.scalar_type() == ScalarType::Long,
+               launch_apply_rope(cuda_heads(q), cuda_heads(k), positions.data_ptr(),
+                                 positions.scalar_type() == ScalarType::Long,
                                  static_cast<const float*>(cos_sin_cache.data_ptr()), cos_sin_cache.stride(0),
                                  cos_sin_cache.size(1), q.size(0), interleaved, dtype_code(q), scope.stream()));
 }

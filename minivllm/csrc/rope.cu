@@ -1,6 +1,6 @@
-// apply_rope on CUDA. A block takes one token (and some of its heads); 1 to 32 threads share a head, each with 16 bytes of both of its
-// halves, so a warp turns several heads at a time. Floor: 2 * heads * rotary_dim * bytes / bandwidth a token, or the launch for few
-// tokens.
+// apply_rope on CUDA. A block takes one token (and some of its heads); 1 to 32 threads share a head, each with 16 bytes of both
+// of its halves, so a warp turns several heads at a time. Floor: 2 * heads * rotary_dim * bytes / bandwidth a token, or the
+// launch for few tokens.
 #include "common/launch.cuh"
 #include "common/rotary.cuh"
 #include "rope.h"
@@ -43,7 +43,8 @@ const char* launch(Problem p, int64_t num_tokens, cudaStream_t stream) {
   const int64_t warps = ((static_cast<int64_t>(p.q.count + p.k.count) << p.lane_bits) + 31) / 32;
   const int64_t chunks = (warps + kMaxWarps - 1) / kMaxWarps;
   if (num_tokens > 2147483647 || chunks > 65535) return "too many tokens or heads";
-  return launch_overlapped(rope_kernel<T, N, kInterleaved>, dim3(static_cast<unsigned>(num_tokens), static_cast<unsigned>(chunks)),
+  return launch_overlapped(rope_kernel<T, N, kInterleaved>,
+                           dim3(static_cast<unsigned>(num_tokens), static_cast<unsigned>(chunks)),
                            dim3(32, static_cast<unsigned>((warps + chunks - 1) / chunks)), 0, stream, p);
 }
 

@@ -1,4 +1,5 @@
-// Launcher of rope.cu, torch-free: raw pointers, strides in elements, a cudaStream_t as void*. It returns null or an error text.
+// Launcher of rope.cu, torch-free: raw pointers, strides in elements, a cudaStream_t as void*. It returns null or an error
+// text.
 #pragma once
 
 #include "common/dtype.h"

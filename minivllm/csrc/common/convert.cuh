@@ -50,8 +50,8 @@ __device__ __forceinline__ Vec<T, N> narrow_all(const float* wide) {
   return v;
 }
 
-// Products rounded to the storage dtype. One of two 16-bit values is exact in float32, so rounding it once is what computing in float32
-// would give.
+// Products rounded to the storage dtype. One of two 16-bit values is exact in float32, so rounding it once is what computing in
+// float32 would give.
 __device__ __forceinline__ void multiply_two(float* v, const float* w) { v[0] *= w[0], v[1] *= w[1]; }
 
 __device__ __forceinline__ void multiply_two(__nv_bfloat16* v, const __nv_bfloat16* w) {

@@ -1,6 +1,7 @@
-// Launches whose start overlaps the end of the kernel before them (programmatic dependent launch, CUDA C++ Programming Guide; sm_90 and
-// later; older GPUs launch as usual). The contract: every thread of such a kernel calls wait_for_predecessors() before its first access
-// to global memory, which then holds everything that earlier kernels of the stream wrote; so only the launch itself is hidden.
+// Launches whose start overlaps the end of the kernel before them (programmatic dependent launch, CUDA C++ Programming Guide;
+// sm_90 and later; older GPUs launch as usual). The contract: every thread of such a kernel calls wait_for_predecessors()
+// before its first access to global memory, which then holds everything that earlier kernels of the stream wrote; so only the
+// launch itself is hidden.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -26,8 +27,8 @@ inline const char* error_text(cudaError_t error) { return error == cudaSuccess ?
 
 // Null or the text of the error.
 template <typename... Parameters, typename... Arguments>
-const char* launch_overlapped(void (*kernel)(Parameters...), dim3 grid, dim3 block, std::size_t shared_bytes, cudaStream_t stream,
-                              Arguments... arguments) {
+const char* launch_overlapped(void (*kernel)(Parameters...), dim3 grid, dim3 block, std::size_t shared_bytes,
+                              cudaStream_t stream, Arguments... arguments) {
   int device = 0, major = 0;
   cudaError_t error = cudaGetDevice(&device);
   if (error == cudaSuccess) error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);

@@ -6,8 +6,8 @@
 
 namespace minivllm {
 
-// Positions of the tokens, int32 or int64, and the table of cosines and sines they choose from: [max_position, rotary_dim] float32,
-// each row half cosines, then half sines.
+// Positions of the tokens, int32 or int64, and the table of cosines and sines they choose from: [max_position, rotary_dim]
+// float32, each row half cosines, then half sines.
 struct RotaryTable {
   const void* positions;
   bool wide_positions;
@@ -21,9 +21,9 @@ __device__ __forceinline__ int64_t position_of(const RotaryTable& table, int64_t
                               : static_cast<const int32_t*>(table.positions)[token];
 }
 
-// Unit u of a head is two vectors that turn together: elements u * N and half + u * N of the two halves (GPT-NeoX), or 2 N adjacent
-// elements (GPT-J). Both ways it holds the pairs u * N .. (u + 1) * N - 1, so both read the same piece of the table. Units beyond the
-// rotary part are 2 N adjacent elements.
+// Unit u of a head is two vectors that turn together: elements u * N and half + u * N of the two halves (GPT-NeoX), or 2 N
+// adjacent elements (GPT-J). Both ways it holds the pairs u * N .. (u + 1) * N - 1, so both read the same piece of the table.
+// Units beyond the rotary part are 2 N adjacent elements.
 template <typename T, int N>
 struct Unit {
   Vec<T, N> part[2];
@@ -118,7 +118,8 @@ __device__ __forceinline__ Unit<T, N> rotate(const Unit<T, N>& unit, const Turn<
 
 // Whether units of 16-byte vectors fit: sizes, strides and addresses of heads of head_dim elements and of the table.
 inline bool heads_aligned(const HeadLayout& heads, int64_t elements) {
-  return reinterpret_cast<uintptr_t>(heads.data) % 16 == 0 && heads.token_stride % elements == 0 && heads.head_stride % elements == 0;
+  return reinterpret_cast<uintptr_t>(heads.data) % 16 == 0 && heads.token_stride % elements == 0 &&
+         heads.head_stride % elements == 0;
 }
 
 inline bool table_aligned(const RotaryTable& table, int64_t elements) {
