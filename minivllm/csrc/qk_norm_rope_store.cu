@@ -8,8 +8,9 @@
 namespace minivllm {
 namespace {
 
-constexpr int kMaxWarps = 8;
-constexpr int kManyBlocks = 5;               // of kMaxWarps on one multiprocessor, where there are many tokens
+constexpr int kMaxWarps = 4;
+constexpr int kManyHeads = 2;                // of a thread, where there are many tokens
+constexpr int kManyBlocks = 8;               // of kMaxWarps on one multiprocessor, likewise
 constexpr int64_t kFewThreads = 132 * 2048;  // as many threads as an H100 or H200 runs at a time
 
 struct Problem {
@@ -83,7 +84,7 @@ __device__ __forceinline__ float lanes_sum(float v, int lane_bits) {
 
 // Rounded before and after the product with the weight, as rms_norm does.
 template <typename T, int N>
-__device__ __forceinline__ void normalise(Vec<T, N>& v, float scale, const Vec<T, N>& weight) {
+__device__ __forceinline__ void normalise(Vec<T, N>& v, float scale, Vec<T, N> weight) {
 #pragma unroll
   for (int j = 0; j < N; j += 2) {
     float wide[2];
@@ -97,39 +98,51 @@ __device__ __forceinline__ float inverse_rms(const Problem& p, float sum) {
   return rsqrtf(fmaf(sum, p.inverse_head_dim, p.x.eps));
 }
 
-// Vectors of 16 bytes, one unit a thread. Block (x, y): token blockIdx.x, heads from blockIdx.y * (heads of a block) on. With
-// few tokens time is latency, so all is loaded at once; with many it is better to need few registers and to find the table in
-// the L1, where the warp that came first has brought it.
+// Vectors of 16 bytes, one unit of a head or two a thread. Block (x, y): token blockIdx.x, heads from blockIdx.y * (heads of a
+// block) on. With few tokens time is latency, so all is loaded at once; with many it is better to need few registers, to read
+// the table once for several heads, and to find it in the L1, where the warp that came first has brought it.
 template <typename T, int N, bool kInterleaved, bool kFew>
 __global__ void __launch_bounds__(32 * kMaxWarps, kFew ? 1 : kManyBlocks) vector_kernel(const __grid_constant__ Problem p) {
+  constexpr int kHeads = kFew ? 1 : kManyHeads;
   wait_for_predecessors();
   let_dependents_launch();
   const int64_t token = blockIdx.x, position = position_of(p.table, token), slot = p.x.slots[token];
-  const int thread = (blockIdx.y * blockDim.y + threadIdx.y) * 32 + threadIdx.x, u = thread & ((1 << p.lane_bits) - 1);
-  const Head<T> head(p.x, token, thread >> p.lane_bits);
-  const bool live = 2 * N * u < p.x.head_dim && head.source != nullptr;  // idle threads still take part in the sum
+  const int lanes = 1 << p.lane_bits, u = threadIdx.x & (lanes - 1), heads_per_warp = 32 >> p.lane_bits;
+  const int first = (blockIdx.y * blockDim.y + threadIdx.y) * kHeads * heads_per_warp + (threadIdx.x >> p.lane_bits);
   const UnitPlace place = place_of<N, kInterleaved>(u, p.table.rotary_dim);
-  const bool norms = live && head.weight != nullptr, turns = live && head.turns && place.turns;
-  Unit<T, N> unit{}, weight;
+  const bool inside = 2 * N * u < p.x.head_dim;  // idle threads still take part in the sums
+  Unit<T, N> units[kHeads], weight;
   Turn<N> turn;
-  if (live) unit = load_unit<T, N>(head.source, place);
-  if (kFew && norms) weight = load_unit<T, N>(head.weight, place);
-  if (kFew && turns) turn = load_turn<N>(p.table, position, u);
-  if (__any_sync(0xffffffffu, norms)) {
-    // The order of rms_norm for a power of two of vectors: halves, quarters, ... are added first.
-    const float a = sum_of_squares(unit.part[0]), b = sum_of_squares(unit.part[1]);
-    const float sum = kInterleaved ? lanes_sum(a, p.lane_bits) + lanes_sum(b, p.lane_bits) : lanes_sum(a + b, p.lane_bits);
-    if (!kFew) forget_widened(unit);
-    if (norms) {
-      const float scale = inverse_rms(p, sum);
-      normalise(unit.part[0], scale, kFew ? weight.part[0] : *reinterpret_cast<const Vec<T, N>*>(head.weight + place.a));
-      normalise(unit.part[1], scale, kFew ? weight.part[1] : *reinterpret_cast<const Vec<T, N>*>(head.weight + place.b));
-    }
+#pragma unroll
+  for (int i = 0; i < kHeads; ++i) {
+    const Head<T> head(p.x, token, first + i * heads_per_warp);
+    units[i] = {};
+    if (inside && head.source != nullptr) units[i] = load_unit<T, N>(head.source, place);
+    if (kFew && inside && head.weight != nullptr) weight = load_unit<T, N>(head.weight, place);
   }
-  if (!kFew && turns) turn = load_turn<N>(p.table, position, u);
-  if (turns) unit = rotate<kInterleaved>(unit, turn);
-  T* target = live ? head.target(p, slot) : nullptr;
-  if (target != nullptr) store_unit(unit, target, place);
+  if (kFew && inside && place.turns) turn = load_turn<N>(p.table, position, u);
+#pragma unroll
+  for (int i = 0; i < kHeads; ++i) {
+    const Head<T> head(p.x, token, first + i * heads_per_warp);
+    const bool norms = inside && head.weight != nullptr;
+    if (!__any_sync(0xffffffffu, norms)) continue;
+    // The order of rms_norm for a power of two of vectors: halves, quarters, ... are added first.
+    const float a = sum_of_squares(units[i].part[0]), b = sum_of_squares(units[i].part[1]);
+    const float sum = kInterleaved ? lanes_sum(a, p.lane_bits) + lanes_sum(b, p.lane_bits) : lanes_sum(a + b, p.lane_bits);
+    if (!kFew) forget_widened(units[i]);
+    if (!norms) continue;
+    const float scale = inverse_rms(p, sum);
+    normalise(units[i].part[0], scale, kFew ? weight.part[0] : *reinterpret_cast<const Vec<T, N>*>(head.weight + place.a));
+    normalise(units[i].part[1], scale, kFew ? weight.part[1] : *reinterpret_cast<const Vec<T, N>*>(head.weight + place.b));
+  }
+  if (!kFew && inside && place.turns) turn = load_turn<N>(p.table, position, u);
+#pragma unroll
+  for (int i = 0; i < kHeads; ++i) {
+    const Head<T> head(p.x, token, first + i * heads_per_warp);
+    if (inside && place.turns && head.turns) units[i] = rotate<kInterleaved>(units[i], turn);
+    T* target = inside ? head.target(p, slot) : nullptr;
+    if (target != nullptr) store_unit(units[i], target, place);
+  }
 }
 
 // Any sizes and addresses: a warp takes one head and reads it twice.
@@ -164,10 +177,11 @@ template <typename T, bool kInterleaved>
 const char* launch(Problem p, bool wide, int64_t num_tokens, cudaStream_t stream) {
   constexpr int N = 16 / sizeof(T);
   p.lane_bits = wide ? lane_bits_for(p.x.head_dim / (2 * N)) : 5;
-  const int64_t warps = ((static_cast<int64_t>(p.x.q.count + 2 * p.x.k.count) << p.lane_bits) + 31) / 32;
-  const int64_t chunks = (warps + kMaxWarps - 1) / kMaxWarps;
+  const int64_t threads = static_cast<int64_t>(p.x.q.count + 2 * p.x.k.count) << p.lane_bits;
+  const bool few = num_tokens * threads <= kFewThreads;
+  const int64_t per_warp = wide && !few ? 32 * kManyHeads : 32;
+  const int64_t warps = (threads + per_warp - 1) / per_warp, chunks = (warps + kMaxWarps - 1) / kMaxWarps;
   if (num_tokens > 2147483647 || chunks > 65535) return "too many tokens or heads";
-  const bool few = num_tokens * warps * 32 <= kFewThreads;
   auto* kernel = !wide ? element_kernel<T, kInterleaved>
                  : few ? vector_kernel<T, N, kInterleaved, true>
                        : vector_kernel<T, N, kInterleaved, false>;

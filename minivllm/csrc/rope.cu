@@ -9,7 +9,12 @@ namespace minivllm {
 namespace {
 
 constexpr int kMaxWarps = 8;
-constexpr int kBlocks = 6;  // of kMaxWarps on one multiprocessor
+// Blocks of kMaxWarps on one multiprocessor: as many as leave each thread the registers it needs.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+constexpr int kBlocks = 5;
+#else
+constexpr int kBlocks = 6;
+#endif
 
 struct Problem {
   HeadLayout q, k;
