@@ -16,7 +16,7 @@ from minivllm.config import ModelConfig
 from minivllm.layers.linear import FusedLinear, Linear
 from minivllm.layers.norm import RMSNorm
 from minivllm.layers.rotary import RotaryEmbedding
-from minivllm.ops import paged_attention, store_kv
+from minivllm.ops import paged_attention, qk_norm_rope_store
 
 if TYPE_CHECKING:
     from minivllm.runner.forward_batch import ForwardBatch
@@ -40,6 +40,7 @@ class Attention(nn.Module):
         self.heads = (config.num_attention_heads, config.num_key_value_heads, config.num_key_value_heads)
         self.scale = config.head_dim**-0.5
         self.rotary = rotary
+        self.norm_eps = config.rms_norm_eps
         splits = tuple(heads * config.head_dim for heads in self.heads)
         self.qkv_proj = FusedLinear(config.hidden_size, splits, dtype=dtype, device=device)
         self.o_proj = Linear(splits[0], config.hidden_size, dtype=dtype, device=device)
@@ -48,10 +49,19 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, fwd: ForwardBatch, kv: LayerKV) -> Tensor:
         q, k, v = self.qkv_proj(x).unflatten(-1, (-1, self.head_dim)).split(self.heads, dim=1)
-        if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
-        self.rotary(q, k, fwd.positions)
-        store_kv(k, v, kv.k, kv.v, fwd.slot_mapping)
+        qk_norm_rope_store(
+            q,
+            k,
+            v,
+            None if self.q_norm is None else self.q_norm.weight,
+            None if self.k_norm is None else self.k_norm.weight,
+            fwd.positions,
+            self.rotary.cos_sin,
+            kv.k,
+            kv.v,
+            fwd.slot_mapping,
+            eps=self.norm_eps,
+        )
         out = paged_attention(
             q,
             kv.k,

@@ -6,11 +6,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from minivllm.ops import apply_rope, rope_cos_sin_cache
+from minivllm.ops import rope_cos_sin_cache
 
 
 class RotaryEmbedding(nn.Module):
-    """Rotates q and k in place by their positions."""
+    """The table by which attention rotates q and k (`minivllm.ops.apply_rope` says how)."""
 
     cos_sin: Tensor
 
@@ -18,7 +18,3 @@ class RotaryEmbedding(nn.Module):
         super().__init__()
         table = rope_cos_sin_cache(rotary_dim, max_position, theta).to(device)
         self.register_buffer("cos_sin", table, persistent=False)
-
-    def forward(self, q: Tensor, k: Tensor, positions: Tensor) -> None:
-        """q: [num_tokens, num_heads, head_dim], k: [num_tokens, num_kv_heads, head_dim], positions: [num_tokens]."""
-        apply_rope(q, k, positions, self.cos_sin)

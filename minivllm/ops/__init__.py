@@ -11,6 +11,7 @@ from minivllm.ops._load import BuildInfo
 from minivllm.ops._load import load as _load_kernels
 from minivllm.ops._register import served_by
 from minivllm.ops._toolchain import BuildError
+from minivllm.ops.activation import gelu_and_mul, silu_and_mul
 from minivllm.ops.copy_blocks import copy_blocks
 from minivllm.ops.embedding import embedding
 from minivllm.ops.flash_attention import flash_attention
@@ -19,10 +20,10 @@ from minivllm.ops.merge_attention_states import merge_attention_states
 from minivllm.ops.packed_linear import pack_linear_weight, packed_linear, prefers_packed
 from minivllm.ops.paged_attention import paged_attention, plan_paged_attention
 from minivllm.ops.penalties import apply_penalties, count_tokens
+from minivllm.ops.qk_norm_rope_store import qk_norm_rope_store
 from minivllm.ops.rms_norm import fused_add_rms_norm, rms_norm
 from minivllm.ops.rope import apply_rope, rope_cos_sin_cache
 from minivllm.ops.sample import sample
-from minivllm.ops.silu_and_mul import silu_and_mul
 from minivllm.ops.store_kv import store_kv
 from minivllm.ops.swap_blocks import swap_blocks
 
@@ -37,12 +38,14 @@ __all__ = [
     "embedding",
     "flash_attention",
     "fused_add_rms_norm",
+    "gelu_and_mul",
     "merge_attention_states",
     "pack_linear_weight",
     "packed_linear",
     "paged_attention",
     "plan_paged_attention",
     "prefers_packed",
+    "qk_norm_rope_store",
     "rms_norm",
     "rope_cos_sin_cache",
     "sample",

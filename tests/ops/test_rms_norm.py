@@ -178,3 +178,28 @@ def test_second_device_index(seed: int) -> None:
     got = ops.rms_norm(x, weight, EPS)
     assert got.device.index == 1 and torch.cuda.current_device() == 0
     assert_close_to_exact(got, exact_rms_norm(x, weight), rms_norm_reference(x, weight, EPS))
+
+
+@pytest.mark.gpu
+def test_rows_beyond_int32(seed: int) -> None:
+    if torch.cuda.mem_get_info()[0] < 8 * 2**30:
+        pytest.skip("needs 8 GiB of device memory")
+    storage = torch.empty(2**31 + 4096, dtype=torch.bfloat16, device="cuda")
+    x = storage.as_strided((2, 4096), (2**31, 1))
+    x.copy_(randn(2, 4096, seed=seed, dtype=torch.bfloat16, device="cuda"))
+    near, residual = x.contiguous(), randn(2, 4096, seed=seed + 1, dtype=torch.bfloat16, device="cuda")
+    weight, other = residual[0].clone(), residual.clone()
+    assert torch.equal(ops.rms_norm(x, weight, EPS), ops.rms_norm(near, weight, EPS))
+    ops.fused_add_rms_norm(x, residual, weight, EPS)
+    ops.fused_add_rms_norm(near, other, weight, EPS)
+    assert torch.equal(x, near) and torch.equal(residual, other)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("hidden", (1024, 4096, 40960))
+def test_many_rows_equal_few(hidden: int, seed: int) -> None:
+    x = randn(2000, hidden, seed=seed, dtype=torch.bfloat16, device="cuda")
+    weight = randn(hidden, seed=seed + 1, dtype=torch.bfloat16, device="cuda")
+    together = ops.rms_norm(x, weight, EPS)
+    for row in (0, 999, 1999):
+        assert torch.equal(ops.rms_norm(x[row : row + 1], weight, EPS), together[row : row + 1])

@@ -198,3 +198,31 @@ def test_reference_needs_no_sync_on_cuda(seed: int) -> None:
     ops.apply_rope(q, k, positions, table)
     with no_device_sync():
         ops.apply_rope(q, k, positions, table)
+
+
+@pytest.mark.gpu
+def test_offsets_beyond_int32(seed: int) -> None:
+    if torch.cuda.mem_get_info()[0] < 8 * 2**30:
+        pytest.skip("needs 8 GiB of device memory")
+    table = ops.rope_cos_sin_cache(128, 100, device="cuda")
+    positions = torch.tensor([4, 99], device="cuda")
+    q, k = (randn(2, heads, 128, seed=seed, dtype=torch.bfloat16, device="cuda") for heads in (4, 2))
+    storage = torch.empty(2**31 + 1024, dtype=torch.bfloat16, device="cuda")
+    far = storage.as_strided((2, 4, 128), (2**31, 128, 1))
+    far.copy_(q)
+    ops.apply_rope(far, k.clone(), positions, table)
+    ops.apply_rope(q, k, positions, table)
+    assert torch.equal(far, q)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("interleaved", (False, True))
+def test_vectors_and_elements_give_the_same_bits(interleaved: bool, seed: int) -> None:
+    table = ops.rope_cos_sin_cache(64, 512, device="cuda")
+    positions = torch.randint(0, 512, (70,), generator=generator(seed)).cuda()
+    storage = randn(70, 1 + 6 * 128, seed=seed, dtype=torch.bfloat16, device="cuda")
+    odd = storage[:, 1:].unflatten(-1, (6, 128))  # no head at an address of 16 bytes
+    even = odd.clone()
+    ops.apply_rope(odd[:, :4], odd[:, 4:], positions, table, interleaved=interleaved)
+    ops.apply_rope(even[:, :4], even[:, 4:], positions, table, interleaved=interleaved)
+    assert torch.equal(odd, even)
