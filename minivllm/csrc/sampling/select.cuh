@@ -1,0 +1,277 @@
+// Selection without sorting, by one block of kSelectThreads threads. Values are ordered by a key: the bits of a distance from the
+// row's largest logit, so that 0 is the likeliest and smaller means likelier. A threshold is found either by ranking a few values in
+// shared memory against each other, or by histograms of 11, 11 and 10 bits of the keys (radix selection). Weights are counts or
+// masses in fixed point: sums of integers do not hang on their order.
+#pragma once
+
+#include "sampling/rows.cuh"
+
+namespace minivllm {
+
+constexpr int kSelectThreads = 512;
+constexpr int kSelectWarps = kSelectThreads / 32;
+constexpr int kBuckets = 2048;
+constexpr int kMaxCandidates = 2048;
+constexpr int kMaxRanked = 256;              // candidates up to here are compared with each other
+constexpr uint32_t kLastFinite = 0x7f7fffff;  // key of the largest finite distance
+constexpr uint32_t kNoKey = 0xffffffff;
+
+struct SelectShared {
+  uint32_t low[kBuckets], high[kBuckets];  // weights in 64 bits; `high` holds the chunks to visit while candidates are gathered
+  uint32_t keys[kMaxCandidates];
+  float logits[kMaxCandidates];
+  int tokens[kMaxCandidates];
+  uint64_t partial[kSelectWarps];
+  uint64_t before;
+  uint32_t best_key;
+  int count, bucket;
+};
+
+__device__ __forceinline__ uint32_t distance_key(float distance) { return __float_as_uint(fabsf(distance)); }
+
+// exp(-distance) in units of 2^-40.
+__device__ __forceinline__ uint64_t mass_of(uint32_t key) {
+  return __float2ull_rn(__expf(-__uint_as_float(key)) * 0x1p40f);
+}
+
+__device__ __forceinline__ float block_max_or_nan(float v, SelectShared& s) {
+  auto* partial = reinterpret_cast<float*>(s.partial);
+  v = warp_max_or_nan(v);
+  __syncthreads();  // whoever read `partial` before is done
+  if (threadIdx.x % 32 == 0) partial[threadIdx.x / 32] = v;
+  __syncthreads();
+  v = partial[0];
+#pragma unroll
+  for (int warp = 1; warp < kSelectWarps; ++warp) v = max_or_nan(v, partial[warp]);
+  return v;
+}
+
+// Sum over the threads before this one; `total` over all.
+__device__ __forceinline__ uint64_t block_scan(uint64_t v, SelectShared& s, uint64_t& total) {
+  uint64_t sum = v;
+#pragma unroll
+  for (int lane = 1; lane < 32; lane *= 2) {
+    const uint64_t other = __shfl_up_sync(0xffffffffu, sum, lane);
+    if (static_cast<int>(threadIdx.x % 32) >= lane) sum += other;
+  }
+  __syncthreads();
+  if (threadIdx.x % 32 == 31) s.partial[threadIdx.x / 32] = sum;
+  __syncthreads();
+  uint64_t before = 0;
+  total = 0;
+#pragma unroll
+  for (int warp = 0; warp < kSelectWarps; ++warp) {
+    if (warp == static_cast<int>(threadIdx.x / 32)) before = total;
+    total += s.partial[warp];
+  }
+  return before + sum - v;
+}
+
+// What a threshold is to reach: a number of values, or a share of their mass.
+struct Target {
+  uint64_t count;  // 0: by mass
+  float share;
+
+  __device__ uint64_t weight(uint32_t key) const { return count > 0 ? 1 : mass_of(key); }
+
+  // At least 1, so that the likeliest value is kept whatever the share.
+  __device__ uint64_t needed(uint64_t total) const {
+    if (count > 0) return count;
+    const auto mass = static_cast<uint64_t>(ceil(static_cast<double>(share) * static_cast<double>(total)));
+    return mass > 0 ? mass : 1;
+  }
+};
+
+__device__ __forceinline__ void add_to_bucket(SelectShared& s, uint32_t bucket, uint64_t weight) {
+  const auto low = static_cast<uint32_t>(weight);
+  auto high = static_cast<uint32_t>(weight >> 32);
+  if (low != 0) high += atomicAdd(&s.low[bucket], low) > 0xffffffffu - low;  // the carry
+  if (high != 0) atomicAdd(&s.high[bucket], high);
+}
+
+__device__ __forceinline__ void clear_buckets(SelectShared& s) {
+  __syncthreads();
+  for (int i = threadIdx.x; i < kBuckets; i += kSelectThreads) s.low[i] = s.high[i] = 0;
+  __syncthreads();
+}
+
+// The bucket in which the weights, added up from bucket 0, reach `needed` (which is set from their total where it is 0), and the
+// weight before it; -1 where all together do not.
+__device__ __forceinline__ int find_bucket(SelectShared& s, const Target& target, uint64_t& needed) {
+  constexpr int kMine = kBuckets / kSelectThreads;
+  __syncthreads();
+  uint64_t mine[kMine], sum = 0, total;
+#pragma unroll
+  for (int i = 0; i < kMine; ++i) {
+    const int bucket = threadIdx.x * kMine + i;
+    mine[i] = (uint64_t{s.high[bucket]} << 32) + s.low[bucket];
+    sum += mine[i];
+  }
+  if (threadIdx.x == 0) s.bucket = -1;
+  uint64_t before = block_scan(sum, s, total);
+  if (needed == 0) needed = target.needed(total);
+#pragma unroll
+  for (int i = 0; i < kMine; ++i) {
+    if (before < needed && before + mine[i] >= needed) s.bucket = threadIdx.x * kMine + i, s.before = before;
+    before += mine[i];
+  }
+  __syncthreads();
+  const int bucket = s.bucket;
+  if (bucket >= 0) needed -= s.before;
+  return bucket;
+}
+
+// The smallest key up to which the values' weights reach the target; kNoKey where all of them do not. `each(limit, f)` calls f(key)
+// for every value of key <= limit.
+template <typename Each>
+__device__ uint32_t select_key(SelectShared& s, const Each& each, uint32_t limit, const Target& target) {
+  uint64_t needed = 0;
+  uint32_t low = 0, high = limit;  // where the key lies
+#pragma unroll 1
+  for (int pass = 0; pass < 3; ++pass) {
+    const int shift = pass == 0 ? 21 : pass == 1 ? 10 : 0;
+    clear_buckets(s);
+    each(high, [&](uint32_t key) {
+      if (key >= low) add_to_bucket(s, (key - low) >> shift, target.weight(key));
+    });
+    const int bucket = find_bucket(s, target, needed);
+    if (bucket < 0) return kNoKey;
+    low += static_cast<uint32_t>(bucket) << shift;
+    high = min(high, low + ((1u << shift) - 1));
+  }
+  return low;
+}
+
+// The same over the first n of s.keys, each compared with every other; n <= kMaxRanked.
+__device__ __forceinline__ uint32_t rank_key(SelectShared& s, int n, uint32_t limit, const Target& target) {
+  const int i = threadIdx.x;
+  const uint32_t key = i < n ? s.keys[i] : 0xffffffffu;
+  uint64_t reached = 0, total = 0;
+  if (target.count > 0) {
+    uint32_t count = 0;
+    if (i < n)
+      for (int j = 0; j < n; ++j) count += s.keys[j] <= key;
+    reached = key <= limit ? count : 0;
+  } else {
+    auto* masses = reinterpret_cast<uint64_t*>(s.low);
+    const uint64_t mass = key <= limit ? mass_of(key) : 0;
+    __syncthreads();
+    if (i < n) masses[i] = mass;
+    __syncthreads();
+    if (i < n)
+      for (int j = 0; j < n; ++j) {
+        total += masses[j];
+        if (s.keys[j] <= key) reached += masses[j];
+      }
+    if (key > limit) reached = 0;
+  }
+  __syncthreads();
+  if (i == 0) s.best_key = kNoKey;
+  __syncthreads();
+  const bool enough = i < n && reached > 0 && reached >= target.needed(total);
+  const uint32_t best = __reduce_min_sync(0xffffffffu, enough ? key : kNoKey);
+  if (i % 32 == 0) atomicMin(&s.best_key, best);
+  __syncthreads();
+  return s.best_key;
+}
+
+// One row of logits with the largest of every chunk.
+template <typename T, bool kAligned>
+struct SelectRow {
+  const T* logits;
+  const float* maxima;
+  RowLayout layout;
+  float largest, temperature;
+
+  __device__ uint32_t key(float logit) const { return distance_key(__fdiv_rn(logit - largest, temperature)); }
+
+  __device__ void find_largest(SelectShared& s) {
+    float seen = -INFINITY;
+    for (int c = threadIdx.x; c < layout.num_chunks(); c += kSelectThreads) seen = max_or_nan(seen, maxima[c]);
+    largest = block_max_or_nan(seen, s);
+  }
+
+  // Calls f(first token, vector) for the vectors whose chunk reaches the limit, some loads ahead.
+  template <typename F>
+  __device__ void each_vector(uint32_t limit, const F& f) const {
+    constexpr int kAhead = kVectors<T>, N = kVectorTokens<T>;
+    const int num_vectors = (layout.vocab + N - 1) / N;
+    for (int start = threadIdx.x; start < num_vectors; start += kSelectThreads * kAhead) {
+      Logits<T> v[kAhead];
+      bool wanted[kAhead];
+#pragma unroll
+      for (int i = 0; i < kAhead; ++i) {
+        const int index = start + i * kSelectThreads;
+        wanted[i] = index < num_vectors && key(maxima[chunk_of<T>(layout, index)]) <= limit;
+        if (wanted[i]) v[i] = load_vector<T, kAligned>(logits, index, layout.vocab);
+      }
+#pragma unroll
+      for (int i = 0; i < kAhead; ++i)
+        if (wanted[i]) f((start + i * kSelectThreads) * N, v[i]);
+    }
+  }
+
+  // For select_key: the keys of the row, of its chunks' largest logits, of the candidates.
+  __device__ auto keys_of_row() const {
+    return [this](uint32_t limit, const auto& f) {
+      each_vector(limit, [&](int, const Logits<T>& v) {
+#pragma unroll
+        for (int j = 0; j < kVectorTokens<T>; ++j) {
+          const uint32_t k = key(widen(v.data[j]));
+          if (k <= limit) f(k);
+        }
+      });
+    };
+  }
+
+  // A key that at least `count` tokens do not exceed, from the chunks' largest logits; kLastFinite where there are fewer chunks.
+  __device__ uint32_t bound_of_count(SelectShared& s, uint64_t count) const {
+    if (count > static_cast<uint64_t>(layout.num_chunks())) return kLastFinite;
+    clear_buckets(s);
+    for (int c = threadIdx.x; c < layout.num_chunks(); c += kSelectThreads) {
+      const uint32_t k = key(maxima[c]);
+      if (k <= kLastFinite) atomicAdd(&s.low[k >> 20], 1u);
+    }
+    uint64_t needed = count;
+    const int bucket = find_bucket(s, Target{count, 0.0f}, needed);
+    return bucket < 0 ? kLastFinite : min(kLastFinite, (static_cast<uint32_t>(bucket + 1) << 20) - 1);
+  }
+
+  // Writes the tokens of key <= limit whose logit is above `least` to shared memory, in no order. Returns how many they are, or -1
+  // where there is no room.
+  __device__ int gather(SelectShared& s, uint32_t limit, float least = -INFINITY) const {
+    __syncthreads();
+    if (threadIdx.x == 0) s.count = 0;
+    __syncthreads();
+    for (int c = threadIdx.x; c < layout.num_chunks(); c += kSelectThreads) {
+      if (key(maxima[c]) > limit || !(maxima[c] > least)) continue;
+      const int place = atomicAdd(&s.count, 1);
+      if (place < kBuckets) s.high[place] = c;
+    }
+    __syncthreads();
+    const int num_chunks = s.count;
+    __syncthreads();
+    if (num_chunks > kBuckets) return -1;
+    if (threadIdx.x == 0) s.count = 0;
+    __syncthreads();
+    constexpr int N = kVectorTokens<T>;
+    for (int item = threadIdx.x; item < num_chunks * kChunkVectors<T>; item += kSelectThreads) {
+      const int index = vector_of_chunk<T>(layout, s.high[item / kChunkVectors<T>], item % kChunkVectors<T>);
+      if (index * N >= layout.vocab) continue;
+      const Logits<T> v = load_vector<T, kAligned>(logits, index, layout.vocab);
+#pragma unroll
+      for (int j = 0; j < N; ++j) {
+        const float logit = widen(v.data[j]);
+        const uint32_t k = key(logit);
+        if (k > limit || !(logit > least)) continue;
+        const int place = atomicAdd(&s.count, 1);
+        if (place < kMaxCandidates) s.keys[place] = k, s.logits[place] = logit, s.tokens[place] = index * N + j;
+      }
+    }
+    __syncthreads();
+    const int count = s.count;
+    return count > kMaxCandidates ? -1 : count;
+  }
+};
+
+}  // namespace minivllm
