@@ -1,6 +1,7 @@
-// token_logprobs: argument checks, the CPU kernel, and the border to the CUDA kernels of logprobs.cu. On the CPU one pass over a row in chunks of 128 logits: the sum of exponentials is kept relative to the largest
-// logit so far and rescaled when that grows (Milakov and Gimelshein 2018, arXiv:1805.02867), the likeliest tokens are kept in a
-// heap, and a chunk whose largest logit could not enter it costs the heap nothing.
+// token_logprobs: argument checks, the CPU kernel, and the border to the CUDA kernels of logprobs.cu. On the CPU one pass
+// over a row in chunks of 128 logits: the sum of exponentials is kept relative to the largest logit so far and rescaled when
+// that grows (Milakov and Gimelshein 2018, arXiv:1805.02867), the likeliest tokens are kept in a heap, and a chunk whose
+// largest logit could not enter it costs the heap nothing.
 #include "common/check.h"
 #include "common/cuda_border.h"
 #include "common/simd.h"

@@ -15,7 +15,6 @@ constexpr int kThreads = 128;
 constexpr int kBlocksPerMultiprocessor = 8;
 constexpr int kMaxSelected = 1024;    // as many of the likeliest are picked in shared memory; more are ranked by counting
 constexpr int kRankingThreads = 256;
-constexpr uint32_t kEverything = 0x7f800000;  // distance key of -infinity
 
 struct Part {
   float largest, mass;  // sum of exp(logit - largest)
@@ -143,17 +142,6 @@ __device__ void put_gathered(const SelectShared& s, int n, int64_t num_top, cons
   }
 }
 
-// An order of all floats, larger ones first; -0 is 0.
-__device__ __forceinline__ uint32_t value_key(float logit) {
-  const int bits = __float_as_int(logit + 0.0f);
-  return ~(static_cast<uint32_t>(bits ^ ((bits >> 31) & 0x7fffffff)) ^ 0x80000000u);
-}
-
-__device__ __forceinline__ float value_of_key(uint32_t key) {
-  const int bits = static_cast<int>(~key ^ 0x80000000u);
-  return __int_as_float(bits ^ ((bits >> 31) & 0x7fffffff));
-}
-
 // Where too many tokens are candidates (ties), or too few are finite: the num_top-th value itself, the tokens above it, and of
 // those equal to it the lowest ids.
 template <typename T, bool kAligned>
@@ -161,15 +149,11 @@ __device__ void put_with_ties(SelectShared& s, const SelectRow<T, kAligned>& row
                               const TopOut& out) {
   const int vocab = row.layout.vocab;
   const auto keys = [&](uint32_t limit, const auto& f) {
-    row.each_vector(kEverything, [&](int first, const Logits<T>& v) {
-#pragma unroll
-      for (int j = 0; j < kVectorTokens<T>; ++j) {
-        const uint32_t key = value_key(widen(v.data[j]));
-        if (first + j < vocab && key <= limit) f(key);
-      }
+    row.each_logit(-INFINITY, [&](int token, float logit) {
+      if (token < vocab && value_key(logit) <= limit) f(value_key(logit));
     });
   };
-  const float least = value_of_key(select_key(s, keys, kNoKey, Target{static_cast<uint64_t>(num_top), 0.0f}));
+  const float least = value_of_key(select_key(s, keys, kNoKey, of_count(num_top)));
   const int above = row.gather(s, kLastFinite, least);
   put_gathered(s, above, num_top, sum, out);
   int64_t placed = above;
@@ -258,7 +242,8 @@ int row_splits(int64_t n, const RowLayout& layout) {
   int device = 0, multiprocessors = 1;
   cudaGetDevice(&device);
   cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
-  const int64_t wanted = (int64_t{kBlocksPerMultiprocessor} * multiprocessors + n - 1) / (n > 0 ? n : 1);
+  const int64_t room = int64_t{kBlocksPerMultiprocessor} * multiprocessors;
+  const int64_t wanted = n > 0 && n < room ? room / n : 1;
   return static_cast<int>(wanted < layout.num_tiles ? wanted : (layout.num_tiles > 0 ? layout.num_tiles : 1));
 }
 

@@ -1,5 +1,6 @@
-// apply_penalties and count_tokens: argument checks, the CPU kernels, and the border to the CUDA kernels of penalties.cu. A sequence holds few of the tokens of a vocabulary, so a row is taken in chunks of
-// 64 tokens and the logits of a chunk are touched only where one of its counts is not 0.
+// apply_penalties and count_tokens: argument checks, the CPU kernels, and the border to the CUDA kernels of penalties.cu. A
+// sequence holds few of the tokens of a vocabulary, so a row is taken in chunks of 64 tokens and the logits of a chunk are
+// touched only where one of its counts is not 0.
 #include "common/check.h"
 #include "common/cpu.h"
 #include "common/cuda_border.h"

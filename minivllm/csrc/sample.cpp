@@ -1,7 +1,7 @@
-// sample: argument checks, the CPU kernel, and the border to the CUDA kernels of sample.cu. On the CPU a row is read in chunks of 64 logits. The first pass finds the largest
-// logit of every chunk; everything after (top-k, top-p, the draw) skips the chunks whose largest logit cannot matter. A
-// value threshold stands for each filter, found by bisection over the few candidates left, so nothing is ever sorted;
-// noise is made only where a token is kept.
+// sample: argument checks, the CPU kernel, and the border to the CUDA kernels of sample.cu. On the CPU a row is read in
+// chunks of 64 logits. The first pass finds the largest logit of every chunk; everything after (top-k, top-p, the draw) skips
+// the chunks whose largest logit cannot matter. A value threshold stands for each filter, found by bisection over the few
+// candidates left, so nothing is ever sorted; noise is made only where a token is kept.
 #include "common/check.h"
 #include "common/cpu.h"
 #include "common/cuda_border.h"

@@ -1,85 +1,19 @@
-// sample on CUDA, the pass over memory. Every row is read once, by as many blocks as the GPU has room for. A greedy row keeps its
-// largest logit, a row without filters the best of logit / temperature + Gumbel noise, a row with filters only the largest logit of
-// every chunk; the second kernel (sample_filter.cu) puts the parts together.
-//
-// Noise costs ten rounds of Philox for four tokens and two logarithms a token, so most tokens never see it: noise beats t exactly
-// when u < 1 - exp(-exp(-t)), which is less than exp(-t). One exponential of a vector's largest logit bounds the random words that
-// could still win against the block's best token so far; where even the smallest word is too large, no Philox is run at all, and
-// logarithms are taken only of words below the bound. The bound carries a margin for its rounding, so it never changes a draw.
+// sample on CUDA, the pass over memory. Every row is read once, by as many blocks as the GPU has room for at once. A greedy
+// row keeps its largest logit, a row without filters the best of logit / temperature + Gumbel noise, a row with filters only
+// the largest logit of every chunk; the second kernel (sample_filter.cu) puts the parts together.
 //
 // Floor: the row's bytes / bandwidth; or the launch for few rows.
 #include <cuda_runtime.h>
 
 #include "sample.h"
-#include "sampling/noise.cuh"
 #include "sampling/plan.h"
+#include "sampling/search.cuh"
 
 namespace minivllm {
 namespace {
 
 constexpr int kThreads = 128;
 constexpr int kBlocksPerMultiprocessor = 8;
-constexpr float kLog2e = 1.44269504f;
-
-__device__ __forceinline__ float exp2_approximate(float x) {
-  float out;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(out) : "f"(x));
-  return out;
-}
-
-// Raises a shared float; NaN never does.
-__device__ __forceinline__ void raise(float* shared, float value) {
-  if (value >= 0.0f) atomicMax(reinterpret_cast<int*>(shared), __float_as_int(value + 0.0f));
-  else if (value < 0.0f) atomicMin(reinterpret_cast<unsigned*>(shared), __float_as_uint(value));
-}
-
-// The search for one row's best token by one block. Scores here are in units of log 2 and relative to `origin`, good enough to
-// tell what cannot win.
-template <typename T>
-struct Search {
-  const T* row;
-  int vocab;
-  uint64_t seed;
-  double inverse_temperature;
-  float scale, origin;
-  float* bound;  // shared: a score that some token of the block is known to reach
-  Candidate best{-INFINITY, 0.0f, -1, 0};
-
-  // 32 + log2 of the share of random words that could win.
-  __device__ float chance(float logit, float reached) const { return fmaf(logit - origin, scale, 32.0f - reached); }
-
-  __device__ void consider(int token, float logit, uint32_t word) {
-    const Candidate candidate{logit, gumbel(word), token, 0};
-    if (beats(candidate, best, inverse_temperature)) best = candidate;
-    const float score = fmaf(logit - origin, scale, candidate.noise * kLog2e);
-    const float reached = score - (2e-4f + 2e-6f * fabsf(score));
-    if (reached > *static_cast<volatile float*>(bound)) raise(bound, reached);
-  }
-
-  // Four tokens with their random words; `limit` is what the best of them may have. Rare, so it reads the logits again.
-  __device__ void consider_four(int first, const uint4& words, uint32_t limit) {
-#pragma unroll 1
-    for (int j = 0; j < 4; ++j) {
-      const uint32_t word = word_of(words, j);
-      if (word > limit || first + j >= vocab) continue;
-      const float logit = widen(row[first + j]);
-      const float chances = chance(logit, *static_cast<volatile float*>(bound));
-      if (chances > -1.02f && word <= __float2uint_ru(exp2_approximate(chances))) consider(first + j, logit, word);
-    }
-  }
-
-  __device__ __forceinline__ void visit(int v, float largest) {
-    constexpr int N = kVectorTokens<T>;
-    const float chances = chance(largest, *static_cast<volatile float*>(bound));
-    if (!(chances > -1.02f)) return;  // not even the smallest word would do
-    const uint32_t limit = __float2uint_ru(exp2_approximate(chances));
-#pragma unroll
-    for (int j = 0; j < N; j += 4) {
-      const uint4 words = philox(static_cast<uint32_t>(v * N + j) / 4, seed);
-      if (min(min(words.x, words.y), min(words.z, words.w)) <= limit) consider_four(v * N + j, words, limit);
-    }
-  }
-};
 
 struct Range {
   int begin, end;
@@ -103,8 +37,7 @@ template <typename T, bool kAligned>
 __device__ Candidate draw(const SamplePlan& plan, const T* row, int64_t r, float temperature, Range tiles, float* partial,
                           float* bound, float& seen) {
   const RowLayout& layout = plan.layout;
-  Search<T> search{row, layout.vocab, static_cast<uint64_t>(plan.a.seeds[r]), 1.0 / static_cast<double>(temperature),
-                   fminf(kLog2e / temperature, kLargestFloat), 0.0f, bound};
+  Search<T> search(row, layout.vocab, static_cast<uint64_t>(plan.a.seeds[r]), temperature, bound);
   if (threadIdx.x == 0) *bound = -INFINITY;
   for (int tile = tiles.begin; tile < tiles.end; ++tile) {
     Logits<T> v[kVectors<T>];
@@ -116,8 +49,7 @@ __device__ Candidate draw(const SamplePlan& plan, const T* row, int64_t r, float
       seen = max_or_nan(seen, largest[u]);
     }
     if (tile == tiles.begin) search.origin = fminf(fmaxf(block_max_or_nan(seen, partial), -kLargestFloat), kLargestFloat);
-#pragma unroll
-    for (int u = 0; u < kVectors<T>; ++u) search.visit(vector_of<T>(layout, tile, u, threadIdx.x), largest[u]);
+    search.visit(vector_of<T>(layout, tile, 0, threadIdx.x), layout.threads, largest);
   }
   return search.best;
 }
@@ -140,7 +72,7 @@ __device__ Candidate take_largest(const SamplePlan& plan, const T* row, Range ti
   }
   if (best_vector < 0) return {-INFINITY, 0.0f, -1, 0};
   int token = best_vector * N;
-  while (widen(row[token]) != best) ++token;
+  for (const int last = token + N - 1; token < last && widen(row[token]) != best;) ++token;
   return {best, 0.0f, token, 0};
 }
 
@@ -207,7 +139,7 @@ const char* launch(const SamplePlan& plan, cudaStream_t stream) {
 
 int row_splits(int64_t num_rows, const RowLayout& layout) {
   const int64_t room = int64_t{kBlocksPerMultiprocessor} * multiprocessors();
-  const int64_t wanted = num_rows > 0 ? (room + num_rows - 1) / num_rows : 1;
+  const int64_t wanted = num_rows > 0 && num_rows < room ? room / num_rows : 1;
   return static_cast<int>(wanted < layout.num_tiles ? wanted : (layout.num_tiles > 0 ? layout.num_tiles : 1));
 }
 

@@ -5,30 +5,12 @@
 // are enough for all that follows. Without it top-p needs the mass of the whole row: up to three passes over it, which lies in L2.
 #include <cuda_runtime.h>
 
-#include "sampling/noise.cuh"
 #include "sampling/plan.h"
+#include "sampling/search.cuh"
 #include "sampling/select.cuh"
 
 namespace minivllm {
 namespace {
-
-// A score and a token in 64 bits whose maximum has the largest score, of equals the lowest token. 0: none.
-__device__ __forceinline__ unsigned long long packed(float score, int token) {
-  const int bits = __float_as_int(score + 0.0f);
-  const uint32_t ordered = static_cast<uint32_t>(bits ^ ((bits >> 31) & 0x7fffffff)) ^ 0x80000000u;
-  return (static_cast<unsigned long long>(ordered) << 32) | (0xffffffffu - static_cast<uint32_t>(token));
-}
-
-__device__ __forceinline__ unsigned long long block_max(unsigned long long v, SelectShared& s) {
-#pragma unroll
-  for (int lane = 16; lane > 0; lane /= 2) v = max(v, __shfl_xor_sync(0xffffffffu, v, lane));
-  __syncthreads();
-  if (threadIdx.x % 32 == 0) s.partial[threadIdx.x / 32] = v;
-  __syncthreads();
-#pragma unroll
-  for (int warp = 0; warp < kSelectWarps; ++warp) v = max(v, static_cast<unsigned long long>(s.partial[warp]));
-  return v;
-}
 
 __device__ void combine_parts(const SamplePlan& plan, int64_t r, const RowOptions& options) {
   if (plan.splits == 1 || threadIdx.x >= 32) return;
@@ -46,89 +28,74 @@ struct Kept {
   int gathered;    // candidates in shared memory, all that the limit keeps and maybe more; -1: none are there
 };
 
-__device__ __forceinline__ uint32_t threshold_of_gathered(SelectShared& s, int n, uint32_t limit, const Target& target) {
-  if (n <= kMaxRanked) return rank_key(s, n, limit, target);
-  const auto keys = [&](uint32_t end, const auto& f) {
-    for (int i = threadIdx.x; i < n; i += kSelectThreads)
-      if (s.keys[i] <= end) f(s.keys[i]);
-  };
-  return select_key(s, keys, limit, target);
+template <typename T, bool kAligned>
+__device__ uint32_t select(SelectShared& s, const SelectRow<T, kAligned>& row, const Kept& kept, const Target& target) {
+  if (kept.gathered >= 0) return select_gathered(s, kept.gathered, kept.limit, target);
+  return row.select_in_row(s, kept.limit == kLastFinite ? -kLargestFloat : row.least_logit(kept.limit), target);
 }
 
+// Options are read where they are used, which keeps registers free.
 template <typename T, bool kAligned>
-__device__ Kept apply_filters(SelectShared& s, const SelectRow<T, kAligned>& row, const RowOptions& options) {
+__device__ Kept apply_filters(SelectShared& s, const SelectRow<T, kAligned>& row, const SampleArguments& a, int64_t r) {
   Kept kept{kLastFinite, -1};
-  if (options.by_rank(row.layout.vocab)) {
-    const Target target{static_cast<uint64_t>(options.top_k), 0.0f};
-    const uint32_t bound = row.bound_of_count(s, target.count);
-    kept.gathered = row.gather(s, bound);
-    const uint32_t by_rank = kept.gathered >= 0 ? threshold_of_gathered(s, kept.gathered, bound, target)
-                                                : select_key(s, row.keys_of_row(), bound, target);
-    kept.limit = min(kept.limit, by_rank);
+  if (const int top_k = a.top_k[r]; top_k > 0 && top_k < row.layout.vocab) {
+    kept.limit = row.bound_of_count(s, top_k);
+    kept.gathered = row.gather(s, kept.limit);
+    kept.limit = min(kept.limit, select(s, row, kept, of_count(top_k)));
   }
-  if (options.top_p < 1.0f) {
-    const Target target{0, options.top_p};
-    const uint32_t by_mass = kept.gathered >= 0 ? threshold_of_gathered(s, kept.gathered, kept.limit, target)
-                                                : select_key(s, row.keys_of_row(), kept.limit, target);
-    kept.limit = min(kept.limit, by_mass);
-  }
-  if (options.min_p > 0.0f) kept.limit = min(kept.limit, distance_key(logf(fminf(options.min_p, 1.0f))));
+  if (const float top_p = a.top_p[r]; top_p < 1.0f) kept.limit = min(kept.limit, select(s, row, kept, of_share(top_p)));
+  if (const float min_p = a.min_p[r]; min_p > 0.0f) kept.limit = min(kept.limit, distance_key(logf(fminf(min_p, 1.0f))));
   return kept;
 }
 
 template <typename T, bool kAligned>
-__device__ unsigned long long draw_kept(SelectShared& s, const SelectRow<T, kAligned>& row, const Kept& kept, uint64_t seed) {
-  unsigned long long best = 0;
+__device__ Candidate draw_kept(SelectShared& s, float* bound, const SelectRow<T, kAligned>& row, const Kept& kept,
+                               uint64_t seed) {
+  Search<T> search(row.logits, row.layout.vocab, seed, row.temperature, bound);
+  search.origin = row.largest;
   if (kept.gathered >= 0) {
     for (int i = threadIdx.x; i < kept.gathered; i += kSelectThreads) {
       if (s.keys[i] > kept.limit) continue;
       const int token = s.tokens[i];
-      const float noise = gumbel(word_of(philox(static_cast<uint32_t>(token) / 4, seed), token % 4));
-      best = max(best, packed(noise - __uint_as_float(s.keys[i]), token));
+      const uint4 words = philox(static_cast<uint32_t>(token) / 4, seed);
+      const Candidate candidate{s.logits[i], gumbel(word_of(words, token % 4)), token, 0};
+      if (beats(candidate, search.best, search.inverse_temperature)) search.best = candidate;
     }
-    return block_max(best, s);
+    return search.best;
   }
-  float reached = -INFINITY;  // of this thread; a word above exp(z - reached) cannot beat it
-  row.each_vector(kept.limit, [&](int first, const Logits<T>& v) {
+  search.least = row.least_logit(kept.limit);
+  row.each_tile(search.least, [&](int v, const Logits<T>(&vectors)[kVectors<T>], const bool(&wanted)[kVectors<T>]) {
+    float largest[kVectors<T>];
 #pragma unroll
-    for (int j = 0; j < kVectorTokens<T>; j += 4) {
-      uint32_t keys[4];
-#pragma unroll
-      for (int i = 0; i < 4; ++i) keys[i] = row.key(widen(v.data[j + i]));
-      const uint32_t nearest = min(min(keys[0], keys[1]), min(keys[2], keys[3]));
-      if (nearest > kept.limit) continue;
-      const uint4 words = philox(static_cast<uint32_t>(first + j) / 4, seed);
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        if (keys[i] > kept.limit) continue;
-        const float z = -__uint_as_float(keys[i]);
-        const uint32_t word = word_of(words, i);
-        if (static_cast<float>(word) > __expf(z - reached + 1e-3f) * 0x1p32f + 1.0f) continue;
-        const float score = z + gumbel(word);
-        reached = fmaxf(reached, score);
-        best = max(best, packed(score, first + j + i));
-      }
-    }
+    for (int u = 0; u < kVectors<T>; ++u) largest[u] = wanted[u] ? largest_of(vectors[u]) : -INFINITY;
+    search.visit(v, kSelectThreads, largest);
   });
-  return block_max(best, s);
+  return search.best;
 }
 
 template <typename T, bool kAligned>
 __global__ void __launch_bounds__(kSelectThreads, 2) finish_kernel(SamplePlan plan) {
   __shared__ SelectShared s;
+  __shared__ Candidate bests[kSelectWarps];
+  __shared__ float bound;
   const int64_t r = blockIdx.x;
-  const RowOptions options(plan.a, r);
-  if (!options.filtered(plan.layout.vocab)) return combine_parts(plan, r, options);
+  if (const RowOptions options(plan.a, r); !options.filtered(plan.layout.vocab)) return combine_parts(plan, r, options);
   SelectRow<T, kAligned> row{static_cast<const T*>(plan.a.logits) + r * plan.a.stride,
-                             plan.maxima + r * plan.layout.num_chunks(), plan.layout, 0.0f, options.temperature};
+                             plan.maxima + r * plan.layout.num_chunks(), plan.layout, 0.0f, plan.a.temperature[r]};
+  if (threadIdx.x == 0) bound = -INFINITY;
   row.find_largest(s);
-  unsigned long long best = 0;
+  Candidate best{-INFINITY, 0.0f, -1, 0};
   if (fabsf(row.largest) <= kLargestFloat) {  // false for NaN
-    const Kept kept = apply_filters(s, row, options);
-    __syncthreads();
-    best = draw_kept(s, row, kept, static_cast<uint64_t>(plan.a.seeds[r]));
+    const Kept kept = apply_filters(s, row, plan.a, r);
+    best = draw_kept(s, &bound, row, kept, static_cast<uint64_t>(plan.a.seeds[r]));
   }
-  if (threadIdx.x == 0) plan.a.out[r] = best == 0 ? -1 : static_cast<int64_t>(0xffffffffu - static_cast<uint32_t>(best));
+  const double inverse_temperature = 1.0 / static_cast<double>(row.temperature);
+  best = warp_best(best, inverse_temperature);
+  if (threadIdx.x % 32 == 0) bests[threadIdx.x / 32] = best;
+  __syncthreads();
+  if (threadIdx.x >= 32) return;
+  best = warp_best(bests[threadIdx.x % kSelectWarps], inverse_temperature);
+  if (threadIdx.x == 0) plan.a.out[r] = best.index;
 }
 
 template <typename T>

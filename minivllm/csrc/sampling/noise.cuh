@@ -7,17 +7,26 @@
 
 namespace minivllm {
 
+// As an instruction, because the compiler makes two of the product's upper half otherwise.
+__device__ __forceinline__ void multiply(uint32_t a, uint32_t b, uint32_t& high, uint32_t& low) {
+  uint64_t product;
+  asm("mul.wide.u32 %0, %1, %2;" : "=l"(product) : "r"(a), "r"(b));
+  asm("mov.b64 {%0, %1}, %2;" : "=r"(low), "=r"(high) : "l"(product));
+}
+
 // Philox4x32-10 (Salmon, Moraes, Dror and Shaw 2011) with counter (block, 0, 0, 0): the words of tokens [4 block, 4 block + 4).
 __device__ __forceinline__ uint4 philox(uint32_t block, uint64_t seed) {
   uint32_t c0 = block, c1 = 0, c2 = 0, c3 = 0;
   uint32_t key0 = static_cast<uint32_t>(seed), key1 = static_cast<uint32_t>(seed >> 32);
 #pragma unroll
   for (int round = 0; round < 10; ++round) {
-    const uint64_t product0 = uint64_t{0xD2511F53u} * c0, product1 = uint64_t{0xCD9E8D57u} * c2;
-    c0 = static_cast<uint32_t>(product1 >> 32) ^ c1 ^ key0;
-    c1 = static_cast<uint32_t>(product1);
-    c2 = static_cast<uint32_t>(product0 >> 32) ^ c3 ^ key1;
-    c3 = static_cast<uint32_t>(product0);
+    uint32_t high0, low0, high1, low1;
+    multiply(c0, 0xD2511F53u, high0, low0);
+    multiply(c2, 0xCD9E8D57u, high1, low1);
+    c0 = high1 ^ c1 ^ key0;
+    c1 = low1;
+    c2 = high0 ^ c3 ^ key1;
+    c3 = low0;
     key0 += 0x9E3779B9u;
     key1 += 0xBB67AE85u;
   }

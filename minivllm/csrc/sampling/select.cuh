@@ -15,6 +15,8 @@ constexpr int kMaxCandidates = 2048;
 constexpr int kMaxRanked = 256;              // candidates up to here are compared with each other
 constexpr uint32_t kLastFinite = 0x7f7fffff;  // key of the largest finite distance
 constexpr uint32_t kNoKey = 0xffffffff;
+constexpr int kMostSummed = 1 << 20;
+constexpr float kLinearBuckets = 64.0f;  // buckets for a distance of 1
 
 struct SelectShared {
   uint32_t low[kBuckets], high[kBuckets];  // weights in 64 bits; `high` holds the chunks to visit while candidates are gathered
@@ -28,6 +30,17 @@ struct SelectShared {
 };
 
 __device__ __forceinline__ uint32_t distance_key(float distance) { return __float_as_uint(fabsf(distance)); }
+
+// An order of all floats, larger ones first; -0 is 0.
+__device__ __forceinline__ uint32_t value_key(float logit) {
+  const int bits = __float_as_int(logit + 0.0f);
+  return ~(static_cast<uint32_t>(bits ^ ((bits >> 31) & 0x7fffffff)) ^ 0x80000000u);
+}
+
+__device__ __forceinline__ float value_of_key(uint32_t key) {
+  const int bits = static_cast<int>(~key ^ 0x80000000u);
+  return __int_as_float(bits ^ ((bits >> 31) & 0x7fffffff));
+}
 
 // exp(-distance) in units of 2^-40.
 __device__ __forceinline__ uint64_t mass_of(uint32_t key) {
@@ -67,20 +80,26 @@ __device__ __forceinline__ uint64_t block_scan(uint64_t v, SelectShared& s, uint
   return before + sum - v;
 }
 
-// What a threshold is to reach: a number of values, or a share of their mass.
+// What a threshold is to reach: a number of values, or a share of their mass, or a mass.
 struct Target {
-  uint64_t count;  // 0: by mass
-  float share;
+  uint64_t count = 0;
+  float share = 0.0f;
+  uint64_t mass = 0;
 
-  __device__ uint64_t weight(uint32_t key) const { return count > 0 ? 1 : mass_of(key); }
+  __device__ bool counts() const { return count > 0; }
+  __device__ uint64_t weight(uint32_t key) const { return counts() ? 1 : mass_of(key); }
 
   // At least 1, so that the likeliest value is kept whatever the share.
   __device__ uint64_t needed(uint64_t total) const {
-    if (count > 0) return count;
-    const auto mass = static_cast<uint64_t>(ceil(static_cast<double>(share) * static_cast<double>(total)));
-    return mass > 0 ? mass : 1;
+    if (counts()) return count;
+    if (mass > 0) return min(mass, total);
+    const auto of_share = static_cast<uint64_t>(ceil(static_cast<double>(share) * static_cast<double>(total)));
+    return max(of_share, uint64_t{1});
   }
 };
+
+inline __device__ Target of_count(uint64_t count) { return {count, 0.0f, 0}; }
+inline __device__ Target of_share(float share) { return {0, share, 0}; }
 
 __device__ __forceinline__ void add_to_bucket(SelectShared& s, uint32_t bucket, uint64_t weight) {
   const auto low = static_cast<uint32_t>(weight);
@@ -95,16 +114,22 @@ __device__ __forceinline__ void clear_buckets(SelectShared& s) {
   __syncthreads();
 }
 
-// The bucket in which the weights, added up from bucket 0, reach `needed` (which is set from their total where it is 0), and the
-// weight before it; -1 where all together do not.
-__device__ __forceinline__ int find_bucket(SelectShared& s, const Target& target, uint64_t& needed) {
+// The weight in 64 bits that add_to_bucket has collected.
+__device__ __forceinline__ uint64_t weight_of_bucket(const SelectShared& s, int bucket) {
+  return (uint64_t{s.high[bucket]} << 32) + s.low[bucket];
+}
+
+// The bucket in which the weights, added up from bucket 0, reach `needed` (which is set from their total where it is 0, and loses
+// what lies before the bucket); -1 where all together do not.
+template <typename Weight>
+__device__ __forceinline__ int find_bucket(SelectShared& s, const Target& target, uint64_t& needed, const Weight& weight) {
   constexpr int kMine = kBuckets / kSelectThreads;
   __syncthreads();
   uint64_t mine[kMine], sum = 0, total;
 #pragma unroll
   for (int i = 0; i < kMine; ++i) {
     const int bucket = threadIdx.x * kMine + i;
-    mine[i] = (uint64_t{s.high[bucket]} << 32) + s.low[bucket];
+    mine[i] = weight(s, bucket);
     sum += mine[i];
   }
   if (threadIdx.x == 0) s.bucket = -1;
@@ -134,7 +159,7 @@ __device__ uint32_t select_key(SelectShared& s, const Each& each, uint32_t limit
     each(high, [&](uint32_t key) {
       if (key >= low) add_to_bucket(s, (key - low) >> shift, target.weight(key));
     });
-    const int bucket = find_bucket(s, target, needed);
+    const int bucket = find_bucket(s, target, needed, weight_of_bucket);
     if (bucket < 0) return kNoKey;
     low += static_cast<uint32_t>(bucket) << shift;
     high = min(high, low + ((1u << shift) - 1));
@@ -147,7 +172,7 @@ __device__ __forceinline__ uint32_t rank_key(SelectShared& s, int n, uint32_t li
   const int i = threadIdx.x;
   const uint32_t key = i < n ? s.keys[i] : 0xffffffffu;
   uint64_t reached = 0, total = 0;
-  if (target.count > 0) {
+  if (target.counts()) {
     uint32_t count = 0;
     if (i < n)
       for (int j = 0; j < n; ++j) count += s.keys[j] <= key;
@@ -175,6 +200,16 @@ __device__ __forceinline__ uint32_t rank_key(SelectShared& s, int n, uint32_t li
   return s.best_key;
 }
 
+// select_key over the first n of s.keys.
+__device__ __forceinline__ uint32_t select_gathered(SelectShared& s, int n, uint32_t limit, const Target& target) {
+  if (n <= kMaxRanked) return rank_key(s, n, limit, target);
+  const auto keys = [&](uint32_t end, const auto& f) {
+    for (int i = threadIdx.x; i < n; i += kSelectThreads)
+      if (s.keys[i] <= end) f(s.keys[i]);
+  };
+  return select_key(s, keys, limit, target);
+}
+
 // One row of logits with the largest of every chunk.
 template <typename T, bool kAligned>
 struct SelectRow {
@@ -191,37 +226,112 @@ struct SelectRow {
     largest = block_max_or_nan(seen, s);
   }
 
-  // Calls f(first token, vector) for the vectors whose chunk reaches the limit, some loads ahead.
+  // The smallest logit whose key does not exceed the limit: bisection, for keys never rise with the logit.
+  __device__ float least_logit(uint32_t limit) const {
+    uint32_t low = value_key(largest), high = value_key(-kLargestFloat);  // value keys fall with the logit
+    while (low < high) {
+      const uint32_t middle = low + (high - low + 1) / 2;
+      if (key(value_of_key(middle)) <= limit) low = middle;
+      else high = middle - 1;
+    }
+    return value_of_key(low);
+  }
+
+  // Calls f(v, vectors, wanted) for kVectors vectors kSelectThreads apart, those wanted whose chunk reaches the logit `least`.
   template <typename F>
-  __device__ void each_vector(uint32_t limit, const F& f) const {
-    constexpr int kAhead = kVectors<T>, N = kVectorTokens<T>;
+  __device__ void each_tile(float least, const F& f) const {
+    constexpr int N = kVectorTokens<T>, kAhead = kVectors<T>;
     const int num_vectors = (layout.vocab + N - 1) / N;
-    for (int start = threadIdx.x; start < num_vectors; start += kSelectThreads * kAhead) {
-      Logits<T> v[kAhead];
+    for (int v = threadIdx.x; v < num_vectors; v += kSelectThreads * kAhead) {
+      Logits<T> vectors[kAhead];
       bool wanted[kAhead];
 #pragma unroll
-      for (int i = 0; i < kAhead; ++i) {
-        const int index = start + i * kSelectThreads;
-        wanted[i] = index < num_vectors && key(maxima[chunk_of<T>(layout, index)]) <= limit;
-        if (wanted[i]) v[i] = load_vector<T, kAligned>(logits, index, layout.vocab);
+      for (int u = 0; u < kAhead; ++u) {
+        const int index = v + u * kSelectThreads;
+        wanted[u] = index < num_vectors && maxima[chunk_of<T>(layout, index)] >= least;
+        if (wanted[u]) vectors[u] = load_vector<T, kAligned>(logits, index, layout.vocab);
       }
-#pragma unroll
-      for (int i = 0; i < kAhead; ++i)
-        if (wanted[i]) f((start + i * kSelectThreads) * N, v[i]);
+      f(v, vectors, wanted);
     }
   }
 
-  // For select_key: the keys of the row, of its chunks' largest logits, of the candidates.
-  __device__ auto keys_of_row() const {
-    return [this](uint32_t limit, const auto& f) {
-      each_vector(limit, [&](int, const Logits<T>& v) {
+  // Calls f(token, logit) for every logit from `least` upwards; those beyond the row's end are -infinity.
+  template <typename F>
+  __device__ void each_logit(float least, const F& f) const {
+    each_tile(least, [&](int v, const Logits<T>(&vectors)[kVectors<T>], const bool(&wanted)[kVectors<T>]) {
+#pragma unroll
+      for (int u = 0; u < kVectors<T>; ++u) {
+        if (!wanted[u]) continue;
 #pragma unroll
         for (int j = 0; j < kVectorTokens<T>; ++j) {
-          const uint32_t k = key(widen(v.data[j]));
-          if (k <= limit) f(k);
+          const float logit = widen(vectors[u].data[j]);
+          if (logit >= least) f((v + u * kSelectThreads) * kVectorTokens<T> + j, logit);
         }
+      }
+    });
+  }
+
+  // A bucket of distances 1/64 wide. It need not agree with `key` to the last bit, only with itself.
+  __device__ float scaled_distance(float logit) const {
+    return (largest - logit) * fminf(kLinearBuckets / temperature, kLargestFloat);
+  }
+
+  // For select_key: the keys of the wanted logits.
+  template <typename Wanted>
+  __device__ auto keys_from(float least, const Wanted& wanted) const {
+    return [this, least, wanted](uint32_t limit, const auto& f) {
+      each_logit(least, [&](int, float logit) {
+        if (wanted(logit) && key(logit) <= limit) f(key(logit));
       });
     };
+  }
+
+  // select_key over the row's logits from `least` upwards: a histogram of distances finds the bucket, its few tokens the key.
+  __device__ uint32_t select_in_row(SelectShared& s, float least, const Target& target) const {
+    const auto any = [](float) { return true; };
+    if (layout.vocab >= kMostSummed) return select_key(s, keys_from(least, any), kLastFinite, target);
+    clear_buckets(s);
+    each_logit(least, [&](int, float logit) {
+      const float distance = scaled_distance(logit);
+      const int bucket = min(static_cast<int>(distance), kBuckets - 1);
+      if (target.counts()) {
+        atomicAdd(&s.low[bucket], 1u);
+      } else if (bucket < kBuckets - 1) {  // beyond a distance of 32 is no mass
+        const float rest = (distance - static_cast<float>(bucket)) * (1.0f / kLinearBuckets);
+        const float share = 1.0f - rest * (1.0f - rest * (0.5f - rest * (1.0f / 6)));  // exp(-rest), rest < 1/64
+        const auto mass = static_cast<uint32_t>(share * 0x1p24f + 0.5f);
+        atomicAdd(&s.low[bucket], mass & 0xfff);  // in two halves, which kMostSummed tokens do not overflow
+        atomicAdd(&s.high[bucket], mass >> 12);
+      }
+    });
+    uint64_t needed = 0;
+    const int found = find_bucket(s, target, needed, [&](const SelectShared& shared, int bucket) -> uint64_t {
+      const uint64_t sum = (uint64_t{shared.high[bucket]} << 12) + shared.low[bucket];
+      if (target.counts()) return sum;
+      return __double2ull_rn(static_cast<double>(sum) * expf(static_cast<float>(bucket) * (-1.0f / kLinearBuckets)) * 65536.0);
+    });
+    if (found < 0) return kNoKey;
+    const Target rest = target.counts() ? of_count(needed) : Target{0, 0.0f, needed};
+    const auto in_bucket = [&](float logit) { return min(static_cast<int>(scaled_distance(logit)), kBuckets - 1) == found; };
+    const int n = collect(s, least, in_bucket);
+    if (n >= 0) return select_gathered(s, n, kLastFinite, rest);
+    const auto keys = keys_from(least, in_bucket);
+    return select_key(s, keys, kLastFinite, rest);
+  }
+
+  // Writes the keys of the wanted logits to shared memory. Returns how many they are, or -1 where there is no room.
+  template <typename Wanted>
+  __device__ int collect(SelectShared& s, float least, const Wanted& wanted) const {
+    __syncthreads();
+    if (threadIdx.x == 0) s.count = 0;
+    __syncthreads();
+    each_logit(least, [&](int, float logit) {
+      if (!wanted(logit)) return;
+      const int place = atomicAdd(&s.count, 1);
+      if (place < kMaxCandidates) s.keys[place] = key(logit);
+    });
+    __syncthreads();
+    return s.count > kMaxCandidates ? -1 : s.count;
   }
 
   // A key that at least `count` tokens do not exceed, from the chunks' largest logits; kLastFinite where there are fewer chunks.
@@ -233,7 +343,7 @@ struct SelectRow {
       if (k <= kLastFinite) atomicAdd(&s.low[k >> 20], 1u);
     }
     uint64_t needed = count;
-    const int bucket = find_bucket(s, Target{count, 0.0f}, needed);
+    const int bucket = find_bucket(s, of_count(count), needed, weight_of_bucket);
     return bucket < 0 ? kLastFinite : min(kLastFinite, (static_cast<uint32_t>(bucket + 1) << 20) - 1);
   }
 
