@@ -1,8 +1,11 @@
-// token_logprobs on the CPU. One pass over a row in chunks of 128 logits: the sum of exponentials is kept relative to the largest
-// logit so far and rescaled when that grows (Milakov and Gimelshein 2018, arXiv:1805.02867), the likeliest tokens are kept in a
-// heap, and a chunk whose largest logit could not enter it costs the heap nothing.
+// token_logprobs: argument checks, the CPU kernel, and the border to the CUDA kernels of logprobs.cu. On the CPU one pass
+// over a row in chunks of 128 logits: the sum of exponentials is kept relative to the largest logit so far and rescaled when
+// that grows (Milakov and Gimelshein 2018, arXiv:1805.02867), the likeliest tokens are kept in a heap, and a chunk whose
+// largest logit could not enter it costs the heap nothing.
 #include "common/check.h"
+#include "common/cuda_border.h"
 #include "common/simd.h"
+#include "logprobs.h"
 
 #include <algorithm>
 #include <cfloat>
@@ -152,39 +155,84 @@ void score_rows(const T* logits, int64_t stride, int64_t vocab, const int64_t* t
   });
 }
 
-void check_logprobs(const Tensor& logits, const Tensor& token_ids, int64_t num_top) {
+Check check_logprobs(const Tensor& logits, const Tensor& token_ids, int64_t num_top) {
   Check check("token_logprobs", logits);
   check.tensor("logits", logits, {"n", "vocab"}, MINIVLLM_FLOATS);
   check.tensor("token_ids", token_ids, {"n"}, {ScalarType::Long});
-  const int64_t n = check["n"], vocab = check["vocab"];
+  const int64_t vocab = check["vocab"];
   if (num_top < 0 || num_top > vocab)
     check.fail("num_top is " + std::to_string(num_top) + ", expected 0 to " + std::to_string(vocab) + " (vocab)");
+  return check;
+}
+
+void check_ids(const Check& check, const Tensor& token_ids) {
+  const int64_t n = check["n"], vocab = check["vocab"];
   const auto* ids = static_cast<const int64_t*>(token_ids.data_ptr());
   for (int64_t r = 0; r < n; ++r)
     if (ids[r] >= vocab)
       check.fail("token_ids holds " + std::to_string(ids[r]) + ", expected less than " + std::to_string(vocab));
 }
 
+struct Results {
+  Tensor logprobs, ranks, top_ids, top_logprobs;
+
+  Results(const Tensor& logits, int64_t n, int64_t num_top)
+      : logprobs(torch::stable::new_empty(logits, {n}, ScalarType::Float)),
+        ranks(torch::stable::new_empty(logits, {n}, ScalarType::Long)),
+        top_ids(torch::stable::new_empty(logits, {n, num_top}, ScalarType::Long)),
+        top_logprobs(torch::stable::new_empty(logits, {n, num_top}, ScalarType::Float)) {}
+
+  std::tuple<Tensor, Tensor, Tensor, Tensor> tuple() const { return {logprobs, ranks, top_ids, top_logprobs}; }
+};
+
 std::tuple<Tensor, Tensor, Tensor, Tensor> token_logprobs_cpu(const Tensor& logits, const Tensor& token_ids,
                                                               int64_t num_top) {
-  check_logprobs(logits, token_ids, num_top);
+  check_ids(check_logprobs(logits, token_ids, num_top), token_ids);
   const int64_t n = logits.size(0);
-  Tensor logprobs = torch::stable::new_empty(logits, {n}, ScalarType::Float);
-  Tensor ranks = torch::stable::new_empty(logits, {n}, ScalarType::Long);
-  Tensor top_ids = torch::stable::new_empty(logits, {n, num_top}, ScalarType::Long);
-  Tensor top_logprobs = torch::stable::new_empty(logits, {n, num_top}, ScalarType::Float);
-  const Out out{static_cast<float*>(logprobs.data_ptr()), static_cast<int64_t*>(ranks.data_ptr()),
-                static_cast<int64_t*>(top_ids.data_ptr()), static_cast<float*>(top_logprobs.data_ptr())};
+  const Results results(logits, n, num_top);
+  const Out out{static_cast<float*>(results.logprobs.data_ptr()), static_cast<int64_t*>(results.ranks.data_ptr()),
+                static_cast<int64_t*>(results.top_ids.data_ptr()), static_cast<float*>(results.top_logprobs.data_ptr())};
   dispatch_float(logits.scalar_type(), [&](auto* tag) {
     using T = std::remove_pointer_t<decltype(tag)>;
     score_rows(static_cast<const T*>(logits.data_ptr()), logits.stride(0), logits.size(1),
                static_cast<const int64_t*>(token_ids.data_ptr()), n, num_top, out);
   });
-  return {logprobs, ranks, top_ids, top_logprobs};
+  return results.tuple();
 }
 
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(minivllm, CPU, m) { m.impl("token_logprobs", TORCH_BOX(&token_logprobs_cpu)); }
+
+#ifdef MINIVLLM_CUDA
+namespace {
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> token_logprobs_cuda(const Tensor& logits, const Tensor& token_ids,
+                                                               int64_t num_top) {
+  check_logprobs(logits, token_ids, num_top);
+  const CudaScope scope(logits);
+  const int64_t n = logits.size(0), vocab = logits.size(1);
+  const Results results(logits, n, num_top);
+  Tensor workspace = torch::stable::new_empty(logits, {logprobs_workspace_bytes(n, vocab)}, ScalarType::Byte);
+  const LogprobsArguments arguments{logits.data_ptr(),
+                                    logits.stride(0),
+                                    n,
+                                    vocab,
+                                    num_top,
+                                    static_cast<const int64_t*>(token_ids.data_ptr()),
+                                    static_cast<float*>(results.logprobs.data_ptr()),
+                                    static_cast<int64_t*>(results.ranks.data_ptr()),
+                                    static_cast<int64_t*>(results.top_ids.data_ptr()),
+                                    static_cast<float*>(results.top_logprobs.data_ptr()),
+                                    workspace.data_ptr(),
+                                    dtype_code(logits)};
+  check_launch("token_logprobs", launch_token_logprobs(arguments, scope.stream()));
+  return results.tuple();
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(minivllm, CUDA, m) { m.impl("token_logprobs", TORCH_BOX(&token_logprobs_cuda)); }
+#endif
 
 }  // namespace minivllm

@@ -1,7 +1,10 @@
-// apply_penalties and count_tokens on the CPU. A sequence holds few of the tokens of a vocabulary, so a row is taken in chunks of
-// 64 tokens and the logits of a chunk are touched only where one of its counts is not 0.
+// apply_penalties and count_tokens: argument checks, the CPU kernels, and the border to the CUDA kernels of penalties.cu. A
+// sequence holds few of the tokens of a vocabulary, so a row is taken in chunks of 64 tokens and the logits of a chunk are
+// touched only where one of its counts is not 0.
 #include "common/check.h"
 #include "common/cpu.h"
+#include "common/cuda_border.h"
+#include "penalties.h"
 
 #include <algorithm>
 
@@ -67,8 +70,8 @@ void penalise_rows(T* logits, int64_t logits_stride, const Tensor& counts, const
   });
 }
 
-void apply_penalties_cpu(Tensor logits, const Tensor& row_indices, const Tensor& counts, const Tensor& count_indices,
-                         const Tensor& presence, const Tensor& frequency, const Tensor& repetition) {
+Check check_apply(const Tensor& logits, const Tensor& row_indices, const Tensor& counts, const Tensor& count_indices,
+                  const Tensor& presence, const Tensor& frequency, const Tensor& repetition) {
   Check check("apply_penalties", logits);
   check.tensor("logits", logits, {"num_rows", "vocab"}, MINIVLLM_FLOATS);
   check.tensor("row_indices", row_indices, {"n"}, {ScalarType::Long});
@@ -77,6 +80,12 @@ void apply_penalties_cpu(Tensor logits, const Tensor& row_indices, const Tensor&
   check.tensor("presence", presence, {"n"}, {ScalarType::Float});
   check.tensor("frequency", frequency, {"n"}, {ScalarType::Float});
   check.tensor("repetition", repetition, {"n"}, {ScalarType::Float});
+  return check;
+}
+
+void apply_penalties_cpu(Tensor logits, const Tensor& row_indices, const Tensor& counts, const Tensor& count_indices,
+                         const Tensor& presence, const Tensor& frequency, const Tensor& repetition) {
+  const Check check = check_apply(logits, row_indices, counts, count_indices, presence, frequency, repetition);
   check_indices(check, "row_indices", row_indices, check["num_rows"]);
   check_indices(check, "count_indices", count_indices, check["num_states"]);
   const Columns of{values<int64_t>(row_indices), values<int64_t>(count_indices), values<float>(presence),
@@ -87,11 +96,16 @@ void apply_penalties_cpu(Tensor logits, const Tensor& row_indices, const Tensor&
   });
 }
 
-void count_tokens_cpu(Tensor counts, const Tensor& count_indices, const Tensor& token_ids) {
+Check check_count(const Tensor& counts, const Tensor& count_indices, const Tensor& token_ids) {
   Check check("count_tokens", counts);
   check.tensor("counts", counts, {"num_states", "vocab"}, {ScalarType::Int});
   check.tensor("count_indices", count_indices, {"n"}, {ScalarType::Long});
   check.tensor("token_ids", token_ids, {"n"}, {ScalarType::Long});
+  return check;
+}
+
+void count_tokens_cpu(Tensor counts, const Tensor& count_indices, const Tensor& token_ids) {
+  const Check check = check_count(counts, count_indices, token_ids);
   check_indices(check, "count_indices", count_indices, check["num_states"]);
   check_indices(check, "token_ids", token_ids, check["vocab"], INT64_MIN);
   const int64_t *rows = values<int64_t>(count_indices), *tokens = values<int64_t>(token_ids);
@@ -107,5 +121,43 @@ STABLE_TORCH_LIBRARY_IMPL(minivllm, CPU, m) {
   m.impl("apply_penalties", TORCH_BOX(&apply_penalties_cpu));
   m.impl("count_tokens", TORCH_BOX(&count_tokens_cpu));
 }
+
+#ifdef MINIVLLM_CUDA
+namespace {
+
+void apply_penalties_cuda(Tensor logits, const Tensor& row_indices, const Tensor& counts, const Tensor& count_indices,
+                          const Tensor& presence, const Tensor& frequency, const Tensor& repetition) {
+  const Check check = check_apply(logits, row_indices, counts, count_indices, presence, frequency, repetition);
+  const CudaScope scope(logits);
+  const PenaltyArguments arguments{logits.data_ptr(),
+                                   logits.stride(0),
+                                   values<int32_t>(counts),
+                                   counts.stride(0),
+                                   check["n"],
+                                   check["vocab"],
+                                   values<int64_t>(row_indices),
+                                   values<int64_t>(count_indices),
+                                   values<float>(presence),
+                                   values<float>(frequency),
+                                   values<float>(repetition),
+                                   dtype_code(logits)};
+  check_launch("apply_penalties", launch_apply_penalties(arguments, scope.stream()));
+}
+
+void count_tokens_cuda(Tensor counts, const Tensor& count_indices, const Tensor& token_ids) {
+  const Check check = check_count(counts, count_indices, token_ids);
+  const CudaScope scope(counts);
+  check_launch("count_tokens", launch_count_tokens(static_cast<int32_t*>(counts.data_ptr()), counts.stride(0),
+                                                   values<int64_t>(count_indices), values<int64_t>(token_ids), check["n"],
+                                                   scope.stream()));
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(minivllm, CUDA, m) {
+  m.impl("apply_penalties", TORCH_BOX(&apply_penalties_cuda));
+  m.impl("count_tokens", TORCH_BOX(&count_tokens_cuda));
+}
+#endif
 
 }  // namespace minivllm

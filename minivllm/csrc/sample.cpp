@@ -1,9 +1,11 @@
-// sample: argument checks and the CPU kernel. A row is read in chunks of 64 logits. The first pass finds the largest
-// logit of every chunk; everything after (top-k, top-p, the draw) skips the chunks whose largest logit cannot matter. A
-// value threshold stands for each filter, found by bisection over the few candidates left, so nothing is ever sorted;
-// noise is made only where a token is kept.
+// sample: argument checks, the CPU kernel, and the border to the CUDA kernels of sample.cu. On the CPU a row is read in
+// chunks of 64 logits. The first pass finds the largest logit of every chunk; everything after (top-k, top-p, the draw) skips
+// the chunks whose largest logit cannot matter. A value threshold stands for each filter, found by bisection over the few
+// candidates left, so nothing is ever sorted; noise is made only where a token is kept.
 #include "common/check.h"
 #include "common/cpu.h"
+#include "common/cuda_border.h"
+#include "sample.h"
 
 #include <cfloat>
 #include <memory>
@@ -322,7 +324,7 @@ void sample_rows(const T* logits, int64_t stride, const Parameters& p, int64_t* 
   });
 }
 
-Tensor sample_cpu(const Tensor& logits, const Tensor& temperature, const Tensor& top_k, const Tensor& top_p,
+void check_sample(const Tensor& logits, const Tensor& temperature, const Tensor& top_k, const Tensor& top_p,
                   const Tensor& min_p, const Tensor& seeds) {
   Check check("sample", logits);
   check.tensor("logits", logits, {"num_rows", "vocab"}, MINIVLLM_FLOATS);
@@ -331,6 +333,11 @@ Tensor sample_cpu(const Tensor& logits, const Tensor& temperature, const Tensor&
   check.tensor("top_p", top_p, {"num_rows"}, {ScalarType::Float});
   check.tensor("min_p", min_p, {"num_rows"}, {ScalarType::Float});
   check.tensor("seeds", seeds, {"num_rows"}, {ScalarType::Long});
+}
+
+Tensor sample_cpu(const Tensor& logits, const Tensor& temperature, const Tensor& top_k, const Tensor& top_p,
+                  const Tensor& min_p, const Tensor& seeds) {
+  check_sample(logits, temperature, top_k, top_p, min_p, seeds);
   const int64_t num_rows = logits.size(0);
   Tensor out = torch::stable::new_empty(logits, {num_rows}, ScalarType::Long);
   const Parameters parameters{
@@ -348,5 +355,36 @@ Tensor sample_cpu(const Tensor& logits, const Tensor& temperature, const Tensor&
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(minivllm, CPU, m) { m.impl("sample", TORCH_BOX(&sample_cpu)); }
+
+#ifdef MINIVLLM_CUDA
+namespace {
+
+Tensor sample_cuda(const Tensor& logits, const Tensor& temperature, const Tensor& top_k, const Tensor& top_p,
+                   const Tensor& min_p, const Tensor& seeds) {
+  check_sample(logits, temperature, top_k, top_p, min_p, seeds);
+  const CudaScope scope(logits);
+  const int64_t num_rows = logits.size(0), vocab = logits.size(1);
+  Tensor out = torch::stable::new_empty(logits, {num_rows}, ScalarType::Long);
+  Tensor workspace = torch::stable::new_empty(logits, {sample_workspace_bytes(num_rows, vocab)}, ScalarType::Byte);
+  const SampleArguments arguments{logits.data_ptr(),
+                                  logits.stride(0),
+                                  num_rows,
+                                  vocab,
+                                  static_cast<const float*>(temperature.data_ptr()),
+                                  static_cast<const int32_t*>(top_k.data_ptr()),
+                                  static_cast<const float*>(top_p.data_ptr()),
+                                  static_cast<const float*>(min_p.data_ptr()),
+                                  static_cast<const int64_t*>(seeds.data_ptr()),
+                                  static_cast<int64_t*>(out.data_ptr()),
+                                  workspace.data_ptr(),
+                                  dtype_code(logits)};
+  check_launch("sample", launch_sample(arguments, scope.stream()));
+  return out;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(minivllm, CUDA, m) { m.impl("sample", TORCH_BOX(&sample_cuda)); }
+#endif
 
 }  // namespace minivllm

@@ -1,0 +1,125 @@
+// How the sampling kernels read a row of logits. A row is cut into 16-byte vectors and these into tiles: in one tile each of
+// `threads` threads has 16 tokens, as vectors that lie `threads` apart, so that a warp reads without gaps. Four neighbouring
+// threads' tokens of a tile are a chunk of 64; the largest logit of every chunk tells later passes what they may skip.
+#pragma once
+
+#include "common/vec.cuh"
+
+#include <cmath>
+
+namespace minivllm {
+
+constexpr int kTokensPerThread = 16;
+constexpr int kThreadsPerChunk = 4;
+constexpr int kChunkTokens = kTokensPerThread * kThreadsPerChunk;
+constexpr float kLargestFloat = 3.402823466e38f;
+
+template <typename T>
+constexpr int kVectorTokens = 16 / sizeof(T);
+template <typename T>
+constexpr int kVectors = kTokensPerThread / kVectorTokens<T>;  // of a thread in a tile
+template <typename T>
+using Logits = Vec<T, kVectorTokens<T>>;
+
+struct RowLayout {
+  int vocab, threads, log2_threads, num_tiles;
+
+  __host__ __device__ int num_chunks() const { return num_tiles * (threads / kThreadsPerChunk); }
+};
+
+inline RowLayout row_layout(int64_t vocab, int max_threads) {
+  int log2_threads = 5;
+  while ((2 << log2_threads) <= max_threads && (int64_t{kTokensPerThread} << log2_threads) < vocab) ++log2_threads;
+  const int64_t tile = int64_t{kTokensPerThread} << log2_threads;
+  return {static_cast<int>(vocab), 1 << log2_threads, log2_threads, static_cast<int>((vocab + tile - 1) / tile)};
+}
+
+// A warp's maximum that keeps NaN, one vector's largest logit (NaN if it holds one).
+__device__ __forceinline__ float max_or_nan(float a, float b) {
+  float out;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(out) : "f"(a), "f"(b));
+  return out;
+}
+
+__device__ __forceinline__ float largest_of(const Vec<float, 4>& v) {
+  return max_or_nan(max_or_nan(v.data[0], v.data[1]), max_or_nan(v.data[2], v.data[3]));
+}
+
+__device__ __forceinline__ float largest_of(const Vec<__nv_bfloat16, 8>& v) {
+  const auto* pairs = reinterpret_cast<const __nv_bfloat162*>(v.data);
+  const __nv_bfloat162 best = __hmax2_nan(__hmax2_nan(pairs[0], pairs[1]), __hmax2_nan(pairs[2], pairs[3]));
+  return max_or_nan(__low2float(best), __high2float(best));
+}
+
+__device__ __forceinline__ float largest_of(const Vec<__half, 8>& v) {
+  const auto* pairs = reinterpret_cast<const __half2*>(v.data);
+  const __half2 best = __hmax2_nan(__hmax2_nan(pairs[0], pairs[1]), __hmax2_nan(pairs[2], pairs[3]));
+  return max_or_nan(__low2float(best), __high2float(best));
+}
+
+__device__ __forceinline__ float warp_max_or_nan(float v) {
+#pragma unroll
+  for (int lane = 16; lane > 0; lane /= 2) v = max_or_nan(v, __shfl_xor_sync(0xffffffffu, v, lane));
+  return v;
+}
+
+// Vector v of a row; beyond the row's end it is masked. Where rows do not lie on 16 bytes, the elements come one by one.
+template <typename T, bool kAligned>
+__device__ __forceinline__ Logits<T> load_vector(const T* row, int v, int vocab) {
+  constexpr int N = kVectorTokens<T>;
+  const int first = v * N;
+  if (kAligned && first + N <= vocab) return *reinterpret_cast<const Logits<T>*>(row + first);
+  Logits<T> out;
+#pragma unroll
+  for (int j = 0; j < N; ++j) out.data[j] = first + j < vocab ? row[first + j] : narrow<T>(-INFINITY);
+  return out;
+}
+
+template <typename T>
+__device__ __forceinline__ int vector_of(const RowLayout& layout, int tile, int u, int thread) {
+  return ((tile * kVectors<T> + u) << layout.log2_threads) + thread;
+}
+
+template <typename T>
+__device__ __forceinline__ int chunk_of(const RowLayout& layout, int v) {
+  const int tile = v / kVectors<T> >> layout.log2_threads;
+  return ((tile << layout.log2_threads) + (v & (layout.threads - 1))) / kThreadsPerChunk;
+}
+
+// Vector i of chunk c, i < kChunkVectors.
+template <typename T>
+constexpr int kChunkVectors = kVectors<T> * kThreadsPerChunk;
+template <typename T>
+__device__ __forceinline__ int vector_of_chunk(const RowLayout& layout, int c, int i) {
+  const int thread = c * kThreadsPerChunk;  // counted through the tiles
+  return vector_of<T>(layout, thread >> layout.log2_threads, i / kThreadsPerChunk,
+                      (thread & (layout.threads - 1)) + i % kThreadsPerChunk);
+}
+
+// This thread's vectors of a tile; whole tiles need no look at the row's end.
+template <typename T, bool kAligned>
+__device__ __forceinline__ void load_tile(const T* row, const RowLayout& layout, int tile, Logits<T> (&v)[kVectors<T>]) {
+  if (kAligned && (tile + 1) * kTokensPerThread << layout.log2_threads <= layout.vocab) {
+    const auto* first = reinterpret_cast<const Logits<T>*>(row) + vector_of<T>(layout, tile, 0, threadIdx.x);
+#pragma unroll
+    for (int u = 0; u < kVectors<T>; ++u) v[u] = first[u << layout.log2_threads];
+    return;
+  }
+#pragma unroll
+  for (int u = 0; u < kVectors<T>; ++u)
+    v[u] = load_vector<T, kAligned>(row, vector_of<T>(layout, tile, u, threadIdx.x), layout.vocab);
+}
+
+// The chunk's largest logit, from the largest of each of its threads; every thread of the warp must call.
+__device__ __forceinline__ float chunk_largest(float of_thread) {
+  of_thread = max_or_nan(of_thread, __shfl_xor_sync(0xffffffffu, of_thread, 1));
+  return max_or_nan(of_thread, __shfl_xor_sync(0xffffffffu, of_thread, 2));
+}
+
+// The vectors of a row are whole 16-byte words.
+template <typename T>
+bool vectors_aligned(const void* logits, int64_t stride) {
+  return reinterpret_cast<uintptr_t>(logits) % 16 == 0 && stride % kVectorTokens<T> == 0;
+}
+
+}  // namespace minivllm
