@@ -15,10 +15,10 @@
 
 namespace minivllm::attention {
 
-template <int kHeadDim_, int kRowTiles_, int kKeys_, int kBlocks_>
+template <int kHeadDim_, int kRowTiles_, int kKeys_, int kBlocks_, int kWarps_ = 4>
 struct Tiles {
   static constexpr int kHeadDim = kHeadDim_, kRowTiles = kRowTiles_, kKeys = kKeys_, kBlocks = kBlocks_;
-  static constexpr int kWarps = 4, kThreads = 32 * kWarps, kRows = 16 * kRowTiles * kWarps, kStages = 2;
+  static constexpr int kWarps = kWarps_, kThreads = 32 * kWarps, kRows = 16 * kRowTiles * kWarps, kStages = 2;
   static constexpr int kQueryBytes = kRows * kHeadDim * 2, kTileBytes = kKeys * kHeadDim * 2;
   static constexpr int kPages = kKeys / 8;  // blocks hold at least 8 keys
   static constexpr int kSharedBytes = kQueryBytes + 2 * kStages * kTileBytes + 2 * kPages * 4;
