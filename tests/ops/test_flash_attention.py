@@ -53,7 +53,8 @@ def test_large_scores_do_not_overflow(device: str, dtype: torch.dtype, seed: int
     got = batch.run()
     assert torch.isfinite(got).all()
     # Scores near 1e7 differ by thousands: every query takes the value of its best key.
-    torch.testing.assert_close(got.double(), batch.exact()[0], rtol=0, atol=1e-5)
+    rounding = 0 if dtype == torch.float32 else 2 * torch.finfo(dtype).eps
+    torch.testing.assert_close(got.double(), batch.exact()[0], rtol=rounding, atol=1e-5)
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -1,10 +1,10 @@
-// Attention of many queries on tensor cores (sm_80 and later, mma.sync): FlashAttention-2's algorithm (Dao 2023, arXiv:2307.08691).
-// A block keeps its rows' queries in shared memory and their outputs in registers, and walks over tiles of keys and values, last to
-// first, under an online softmax; while it works on one tile, cp.async brings the next. tiles.h says how large tiles are and why,
-// schedule.cuh which block takes which.
+// Attention of many queries on tensor cores (sm_80 and later, mma.sync): FlashAttention-2's algorithm (Dao 2023,
+// arXiv:2307.08691). A block keeps its rows' queries in shared memory and their outputs in registers, and walks over tiles of
+// keys and values, last to first, under an online softmax; while it works on one tile, cp.async brings the next. tiles.h says
+// how large tiles are and why, schedule.cuh which block takes which.
 //
-// Tiles of keys begin at fixed positions of the sequence, and a tile that a row does not see changes nothing of it to the bit. So a
-// row's result depends on its query and the keys and values it sees, and not on its neighbours, chunks or pages.
+// Tiles of keys begin at fixed positions of the sequence, and a tile that a row does not see changes nothing of it to the bit.
+// So a row's result depends on its query and the keys and values it sees, and not on its neighbours, chunks or pages.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -26,8 +26,8 @@ __device__ __forceinline__ void copy_word_async(uint32_t target, const void* sou
   asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(target), "l"(source), "r"(valid ? 4 : 0) : "memory");
 }
 
-// Rows of kHeadDim 16-bit values in shared memory. Their 16-byte chunks are permuted by an exclusive or with bits of the row number,
-// so that the same chunk of 8 consecutive rows lies in 8 different groups of banks (ldmatrix reads without conflicts).
+// Rows of kHeadDim 16-bit values in shared memory. Their 16-byte chunks are permuted by an exclusive or with bits of the row
+// number, so that the same chunk of 8 consecutive rows lies in 8 different groups of banks: ldmatrix reads without conflicts.
 template <int kHeadDim>
 struct Swizzle {
   static constexpr int kPitch = kHeadDim * 2, kChunks = kHeadDim / 8;
@@ -68,21 +68,15 @@ struct Worker {
   char* const shared;
   const uint32_t queries, keys, values, pages;  // addresses in shared memory
   const int my_row, my_chunk;                   // of the copies of this thread: the first
-  const T *k_rows, *v_rows;                     // the row and chunk in tile 0 (packed) or in the first row of block 0 (paged)
 
   float out[C::kRowTiles][kWidthTiles][4];
   float top[C::kRowTiles][2], sum[C::kRowTiles][2];  // of row g and g + 8: largest score; this thread's part of the sum
 
-  // `found`: the tile in registers; the one in shared memory may be read after the first barrier.
-  __device__ __forceinline__ Worker(const Prefill& p, const Group& group, const RowTile& found, const RowTile& tile,
-                                    const KeyTiles& tiles, bool wide, char* shared)
+  __device__ __forceinline__ Worker(const Prefill& p, const Group& group, const RowTile& tile, const KeyTiles& tiles, bool wide,
+                                    char* shared)
       : p(p), group(group), tile(tile), tiles(tiles), wide(wide), shared(shared), queries(shared_address(shared)),
         keys(queries + C::kQueryBytes), values(keys + C::kStages * C::kTileBytes), pages(values + C::kStages * C::kTileBytes),
-        my_row(threadIdx.x / kLanes), my_chunk(threadIdx.x % kLanes) {
-    const int64_t row = kPaged ? 0 : int64_t{found.kv_begin} + my_row;
-    k_rows = static_cast<const T*>(p.k.data) + found.kv_head * p.k.head_stride + row * p.k.row_stride + my_chunk * 8;
-    v_rows = static_cast<const T*>(p.v.data) + found.kv_head * p.v.head_stride + row * p.v.row_stride + my_chunk * 8;
-  }
+        my_row(threadIdx.x / kLanes), my_chunk(threadIdx.x % kLanes) {}
 
   // This thread's chunks of one row, `source` being the first; zeros beyond head_dim, and for a row that is not valid.
   __device__ __forceinline__ void copy_row(uint32_t target, int row, const T* source, bool valid) const {
@@ -121,23 +115,29 @@ struct Worker {
 
   // Keys and values of tile n into their stage. kLast: the tile may end beyond the sequence; rows there are not read, and 0.
   template <bool kLast>
-  __device__ __forceinline__ void load_tile(int n, int len_k) const {
+  __device__ __forceinline__ void load_tile(const RowTile& tile, int n) const {
     const uint32_t stage = (n & 1) * C::kTileBytes;
     const int32_t* page = reinterpret_cast<const int32_t*>(shared + (pages - queries)) + (n & 1) * C::kPages;
-    const int64_t first = n * C::kKeys;
+    const T* k_head = static_cast<const T*>(p.k.data) + tile.kv_head * p.k.head_stride + my_chunk * 8;
+    const T* v_head = static_cast<const T*>(p.v.data) + tile.kv_head * p.v.head_stride + my_chunk * 8;
+    const int first = n * C::kKeys;
+    if (!kPaged) {
+      const int64_t row = int64_t{tile.kv_begin} + first + my_row;
+      k_head += row * p.k.row_stride, v_head += row * p.v.row_stride;
+    }
     const auto copy = [&](int r) {
-      const bool valid = !kLast || first + r < len_k;
+      const bool valid = !kLast || first + r < tile.len_k;
       int64_t k_offset = 0, v_offset = 0;
       if (kPaged && valid) {
         const int64_t block = page[r / 8];
-        const int row = static_cast<int>(first + r) & ((1 << p.block_shift) - 1);
+        const int row = (first + r) & ((1 << p.block_shift) - 1);
         k_offset = block * p.k.block_stride + row * static_cast<int>(p.k.row_stride);
         v_offset = block * p.v.block_stride + row * static_cast<int>(p.v.row_stride);
       } else if (valid) {
-        k_offset = (first + r - my_row) * p.k.row_stride, v_offset = (first + r - my_row) * p.v.row_stride;
+        k_offset = (r - my_row) * p.k.row_stride, v_offset = (r - my_row) * p.v.row_stride;
       }
-      copy_row(keys + stage, r, k_rows + k_offset, valid);
-      copy_row(values + stage, r, v_rows + v_offset, valid);
+      copy_row(keys + stage, r, k_head + k_offset, valid);
+      copy_row(values + stage, r, v_head + v_offset, valid);
     };
     if (!wide) {
 #pragma unroll 1
@@ -214,6 +214,8 @@ struct Worker {
   // The largest score of each row, by whose growth what was summed before shrinks; base: what to subtract from scores * unit.
   __device__ __forceinline__ void rescale(float unit, const float (&scores)[C::kRowTiles][kKeyTiles][4],
                                           float (&base)[C::kRowTiles][2]) {
+    float keep[C::kRowTiles][2];
+    bool grown = false;
 #pragma unroll
     for (int m = 0; m < C::kRowTiles; ++m)
 #pragma unroll
@@ -225,12 +227,18 @@ struct Worker {
         largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, 1));
         largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, 2));
         base[m][half] = largest == -INFINITY ? 0.0f : largest * unit;  // no key yet: all exponentials are 0
-        const float keep = exp2_fast(top[m][half] * unit - base[m][half]);
+        keep[m][half] = exp2_fast(top[m][half] * unit - base[m][half]);
+        grown |= largest != top[m][half];
         top[m][half] = largest;
-        sum[m][half] *= keep;
-#pragma unroll
-        for (int j = 0; j < kWidthTiles; ++j) out[m][j][2 * half] *= keep, out[m][j][2 * half + 1] *= keep;
+        sum[m][half] *= keep[m][half];
       }
+    if (!__any_sync(0xffffffffu, grown)) return;  // as it mostly is after a few tiles; the factors are 1
+#pragma unroll
+    for (int m = 0; m < C::kRowTiles; ++m)
+#pragma unroll
+      for (int j = 0; j < kWidthTiles; ++j)
+#pragma unroll
+        for (int e = 0; e < 4; ++e) out[m][j][e] *= keep[m][e / 2];
   }
 
   // out += exponentials of scores times values of tile n. A product's result has the layout of the next one's left side.
@@ -264,6 +272,8 @@ struct Worker {
     }
   }
 
+  // found: the tile in registers, because the one in shared memory may be read only after the first barrier.
+  // last: the last tile of keys, or -1.
   __device__ __forceinline__ void run(const RowTile& found, int last) {
     const bool plain = p.softcap == 0.0f && p.scale > 0.0f;
     const float unit = plain ? p.scale * kLog2E : 1.0f;
@@ -277,7 +287,7 @@ struct Worker {
         copy_async_commit(), copy_async_wait<1>();
         __syncthreads();
       }
-      load_tile<true>(last, found.len_k);
+      load_tile<true>(found, last);
       copy_async_commit();
     }
 #pragma unroll
@@ -291,7 +301,7 @@ struct Worker {
     for (int n = last; n >= tiles.first; --n) {
       if (n > tiles.first) {
         load_pages(tile, n - 2);
-        load_tile<false>(n - 1, 0);
+        load_tile<false>(tile, n - 1);
         copy_async_commit();
       }
       float scores[C::kRowTiles][kKeyTiles][4] = {};
@@ -362,7 +372,8 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocks) prefill_kernel(const 
   if (!find_tile<kPaged>(p, group.size, C::kRows, found)) return;
   const KeyTiles seen(p, group, found, C::kKeys);
   if (threadIdx.x == 0) tile = found, tiles = seen;
-  Worker<T, C, kPaged>(p, group, found, tile, tiles, wide, shared_memory).run(found, seen.first <= seen.last ? seen.last : -1);
+  Worker<T, C, kPaged> worker(p, group, tile, tiles, wide, shared_memory);
+  worker.run(found, seen.first <= seen.last ? seen.last : -1);
 }
 
 // Kernels with more than 48 KiB of shared memory ask for it once a device.

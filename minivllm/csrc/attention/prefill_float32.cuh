@@ -1,5 +1,5 @@
-// Attention of float32 tensors: the same walk over keys as prefill.cuh, on CUDA cores, because tensor cores would round the operands
-// (tf32). For tests and small float32 models; not tuned further than coalesced loads and broadcasts from shared memory.
+// Attention of float32 tensors: the same walk over keys as prefill.cuh, on CUDA cores, because tensor cores would round the
+// operands (tf32). For tests and small float32 models; not tuned beyond coalesced loads and broadcasts from shared memory.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -19,7 +19,7 @@ struct FloatTiles {
 };
 
 template <typename C, bool kPaged>
-__global__ void __launch_bounds__(C::kThreads)
+__global__ void __launch_bounds__(C::kThreads, 2)
     prefill_float32_kernel(const __grid_constant__ Prefill p, const __grid_constant__ Group group) {
   extern __shared__ __align__(16) float floats[];
   RowTile tile;
@@ -36,7 +36,7 @@ __global__ void __launch_bounds__(C::kThreads)
     if (row < tile.row_end)
       source += (tile.q_begin + int64_t{group.divide(row)}) * p.q_token_stride + head_of(row) * p.q_head_stride;
     for (int d = lane; d < C::kHeadDim; d += 32)
-      queries[(first + r) * C::kHeadDim + d] = row < tile.row_end && d < p.head_dim ? source[d] : 0.0f;
+      queries[(first + r) * C::kHeadDim + d] = row < tile.row_end && d < p.head_dim ? source[d] * p.scale : 0.0f;
   }
   const auto load = [&](const KvSide& side, int n) {
     const float* head = static_cast<const float*>(side.data) + tile.kv_head * side.head_stride;
@@ -81,7 +81,7 @@ __global__ void __launch_bounds__(C::kThreads)
 #pragma unroll
     for (int r = 0; r < C::kWarpRows; ++r) {
       const int query = group.divide(min(tile.row_begin + first + r, tile.row_end - 1));
-      float s = scores[r] * p.scale;
+      float s = scores[r];
       if (p.softcap > 0.0f) s = p.softcap * tanhf(s / p.softcap);
       if (key < tile.first_visible(p, query) || key >= tile.visible(p, query)) s = -INFINITY;
       float largest = fmaxf(top[r], s);
@@ -119,13 +119,13 @@ __global__ void __launch_bounds__(C::kThreads)
 #pragma unroll
   for (int r = 0; r < C::kWarpRows; ++r) {
     const int row = tile.row_begin + first + r;
-    const float total = warp_sum(sum[r]), factor = total == 0.0f ? 0.0f : 1.0f / total;
+    const float total = warp_sum(sum[r]), divisor = total == 0.0f ? 1.0f : total;  // of a row without keys: 0 / 1
     if (row >= tile.row_end) continue;
     const int64_t out_row = (tile.q_begin + int64_t{group.divide(row)}) * p.num_heads + head_of(row);
     if (p.lse != nullptr && lane == 0) p.lse[out_row] = total == 0.0f ? -INFINITY : top[r] + logf(total);
 #pragma unroll
     for (int i = 0; i < C::kColumns; ++i)
-      if (i * 32 + lane < p.head_dim) static_cast<float*>(p.out)[out_row * p.head_dim + i * 32 + lane] = out[r][i] * factor;
+      if (i * 32 + lane < p.head_dim) static_cast<float*>(p.out)[out_row * p.head_dim + i * 32 + lane] = out[r][i] / divisor;
   }
 }
 

@@ -1,6 +1,6 @@
 // Which rows and keys a block of the prefill kernels takes. The host knows no lengths: it launches as many blocks as any lengths
-// could need, and each finds its tile from the prefix sums. Longer tiles of a sequence come first, so that the last blocks are short;
-// key-value heads lie next to each other.
+// could need, and each finds its tile from the prefix sums. Longer tiles of a sequence come first, so that the last blocks are
+// short; key-value heads lie next to each other.
 #pragma once
 
 #include <cstdint>
@@ -9,8 +9,8 @@
 
 namespace minivllm::attention {
 
-// Number of query heads that share a key-value head, and division by it: n / size is the upper half of n * multiplier, shifted, for
-// 0 <= n < 2^31 (Granlund and Montgomery 1994, "Division by invariant integers using multiplication").
+// Number of query heads that share a key-value head, and division by it: n / size is the upper half of n * multiplier, shifted,
+// for 0 <= n < 2^31 (Granlund and Montgomery 1994, "Division by invariant integers using multiplication").
 struct Group {
   int size, shift = 0;
   uint32_t multiplier = 0;
