@@ -364,7 +364,8 @@ struct Worker {
 };
 
 template <typename T, typename C, bool kPaged>
-__global__ void __launch_bounds__(C::kThreads, C::kBlocks) prefill_kernel(const __grid_constant__ Prefill p, const __grid_constant__ Group group, bool wide) {
+__global__ void __launch_bounds__(C::kThreads, C::kBlocks)
+    prefill_kernel(const __grid_constant__ Prefill p, const __grid_constant__ Group group, bool wide) {
   extern __shared__ __align__(128) char shared_memory[];
   __shared__ RowTile tile;
   __shared__ KeyTiles tiles;
@@ -413,7 +414,8 @@ const char* launch_tiles(const Prefill& p, cudaStream_t stream) {
 template <bool kPaged>
 const char* launch_prefill(const Prefill& p, void* stream) {
   if (p.num_tokens == 0) return nullptr;
-  if (int64_t{p.num_tokens} * (p.num_heads / p.num_kv_heads) > 2147483647) return "more than 2^31 - 1 rows for a key-value head";
+  const int64_t rows = int64_t{p.num_tokens} * (p.num_heads / p.num_kv_heads);
+  if (rows > 2147483647) return "more than 2^31 - 1 rows for a key-value head";
   const auto s = static_cast<cudaStream_t>(stream);
   return dispatch_dtype(p.dtype, [&](auto* tag) {
     using T = std::remove_pointer_t<decltype(tag)>;

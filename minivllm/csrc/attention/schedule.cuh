@@ -1,6 +1,6 @@
-// Which rows and keys a block of the prefill kernels takes. The host knows no lengths: it launches as many blocks as any lengths
-// could need, and each finds its tile from the prefix sums. Longer tiles of a sequence come first, so that the last blocks are
-// short; key-value heads lie next to each other.
+// Which rows and keys a block of the prefill kernels takes. The host knows no lengths: it launches as many blocks as any
+// lengths could need, and each finds its tile from the prefix sums. Longer tiles of a sequence come first, so that the
+// last blocks are short; key-value heads lie next to each other.
 #pragma once
 
 #include <cstdint>

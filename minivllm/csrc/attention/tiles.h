@@ -4,15 +4,16 @@
 // a key-value head are one sequence of rows, query major. So a tile spans few queries: little is computed beyond the causal
 // diagonal, and short chunks fill tiles.
 //  * kRowTiles: m16 tiles of a warp. With two, each fragment of keys and values that a warp loads from shared memory is used
-//    twice; with one, loading takes longer than multiplying (64 keys of head_dim 128: 4 warps x 32 KiB at 128 B a cycle are 1024
-//    cycles, the products of their 64 rows about 830). Two need head_dim + kKeys registers for outputs and scores, so head_dim
-//    256 must do with one. Measured with 8 warps of one instead (H200, head_dim 128, 16k causal): 304 TFLOP/s instead of 378.
+//    twice; with one, loading takes longer than multiplying (64 keys of head_dim 128: 4 warps x 32 KiB at 128 B a cycle are
+//    1024 cycles, the products of their 64 rows about 830). Two need head_dim + kKeys registers for outputs and scores, so
+//    head_dim 256 must do with one. Measured with 8 warps of one instead (H200, head_dim 128, 16k causal): 304 TFLOP/s
+//    instead of 378.
 //  * kKeys: keys of a tile. 64 amortise maxima, rescaling and the barrier (32: 350 TFLOP/s); head_dim 256 takes 32 because 64
 //    would leave no room for a second block.
 //  * kBlocks: resident blocks of an SM that registers (65,536) and shared memory (227 KiB on sm_90) allow. Two or more, so that
 //    one block's exponentials run beside another's products (one block of 8 warps and 256 rows: 363 TFLOP/s).
-// Keys and values have two stages each: one barrier a tile, and a load has a whole tile's time to arrive. Shared memory a block:
-// 48, 72, 96 and 96 KiB, within the 99 KiB of sm_86 and sm_89.
+// Keys and values have two stages each: one barrier a tile, and a load has a whole tile's time to arrive. Shared memory of a
+// block: 48, 72, 96 and 96 KiB, within the 99 KiB of sm_86 and sm_89.
 #pragma once
 
 namespace minivllm::attention {
