@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import random
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -45,19 +46,22 @@ def test_window_and_softcap(device: str, dtype: torch.dtype, window: int, softca
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_large_scores_do_not_overflow(device: str, seed: int) -> None:
-    batch = Packed.random([70], [70], (2, 1, 64), seed, torch.float32, device)
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
+def test_large_scores_do_not_overflow(device: str, dtype: torch.dtype, seed: int) -> None:
+    batch = Packed.random([70], [70], (2, 1, 64), seed, dtype, device)
     batch = replace(batch, q=batch.q * 1e3, k=batch.k * 1e3)
     got = batch.run()
     assert torch.isfinite(got).all()
     # Scores near 1e7 differ by thousands: every query takes the value of its best key.
-    torch.testing.assert_close(got.double(), batch.exact()[0], rtol=0, atol=1e-5)
+    rounding = 0 if dtype == torch.float32 else 2 * torch.finfo(dtype).eps
+    torch.testing.assert_close(got.double(), batch.exact()[0], rtol=rounding, atol=1e-5)
 
 
 @pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
 @pytest.mark.parametrize("keys", (1, 40, 2000))
-def test_nan_is_never_hidden(device: str, keys: int, seed: int) -> None:
-    batch = Packed.random([1], [keys], (4, 2, 64), seed, torch.float32, device)
+def test_nan_is_never_hidden(device: str, dtype: torch.dtype, keys: int, seed: int) -> None:
+    batch = Packed.random([1], [keys], (4, 2, 64), seed, dtype, device)
     assert replace(batch, q=batch.q * float("nan")).run().isnan().all()
     batch.k[keys // 2, 0, 5] = float("nan")  # key-value head 0 serves query heads 0 and 1
     got = batch.run()
@@ -68,6 +72,90 @@ def test_nan_is_never_hidden(device: str, keys: int, seed: int) -> None:
 def test_no_sequences(device: str) -> None:
     got, lse = Packed.random([], [], (4, 2, 64), 0, torch.float32, device).run_with_lse()
     assert got.shape == (0, 4, 64) and lse.shape == (0, 4)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", FLOAT_DTYPES)
+@pytest.mark.parametrize("head_dim", (1, 7, 32, 72, 96, 100, 160, 192, 250))
+def test_head_dims_and_addresses(device: str, dtype: torch.dtype, head_dim: int, seed: int) -> None:
+    """Any head_dim, and rows that begin at no round address."""
+    batch = Packed.random([70, 9], [70, 90], (4, 2, head_dim), seed, dtype, device)
+    exact, reference = batch.exact()[0], batch.reference()[0]
+    for offset in (0, 1):
+        views = []
+        for x in (batch.q, batch.k, batch.v):
+            wide = torch.full((len(x), x[0].numel() + 3), torch.nan, dtype=dtype, device=device)
+            views.append(wide[:, offset : offset + x[0].numel()].unflatten(1, x.shape[1:]).copy_(x))
+        moved = replace(batch, q=views[0], k=views[1], v=views[2])
+        assert_close_to_exact(moved.run(), exact, reference)
+
+
+LENGTHS = [1, 2, 3, 17, 31, 33, 63, 64, 65, 0, 127, 128, 129, 191, 255, 257, 511, 1023, 2049]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16))
+@pytest.mark.parametrize("group", (1, 2, 3, 4, 8, 16))
+@pytest.mark.parametrize("head_dim", (64, 96, 128, 256))
+@pytest.mark.parametrize("causal", (False, True))
+def test_many_lengths(dtype: torch.dtype, group: int, head_dim: int, causal: bool, seed: int) -> None:
+    """Tile borders in queries and keys; as many keys as queries, more, and fewer."""
+    rng = random.Random(seed)
+    lens_q = rng.sample(LENGTHS, len(LENGTHS))
+    lens_k = [rng.choice((length, length + rng.randrange(300), rng.randrange(length + 1))) for length in lens_q]
+    batch = Packed.random(lens_q, lens_k, (2 * group, 2, head_dim), seed, dtype, "cuda")
+    got, lse = batch.run_with_lse(causal)
+    (exact, exact_lse), (reference, _) = batch.exact(causal), batch.reference(causal)
+    assert_close_to_exact(got, exact, reference)
+    torch.testing.assert_close(lse.double(), exact_lse, rtol=0, atol=2e-5)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", FLOAT_DTYPES)
+@pytest.mark.parametrize("lengths", ((32767, 32767), (5, 131072), (1000, 20000)))
+def test_long_sequences(dtype: torch.dtype, lengths: tuple[int, int], seed: int) -> None:
+    batch = Packed.random([lengths[0]], [lengths[1]], (2, 1, 128), seed, dtype, "cuda")
+    got, exact = batch.run(), batch.exact()[0]
+    ends = slice(-64, None)  # the reference would store all scores: the last queries stand for all
+    last = replace(batch, q=batch.q[ends], lens_q=[min(64, lengths[0])])
+    assert_close_to_exact(got[ends], exact[ends], last.reference()[0])
+    error, rounding = (got.double() - exact).norm(dim=-1), torch.finfo(dtype).eps * exact.norm(dim=-1)
+    assert bool((error <= 3 * rounding + 1e-6).all())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", FLOAT_DTYPES)
+@pytest.mark.parametrize("head_dim", (64, 128, 256))
+def test_a_row_has_the_same_bits_alone_and_in_a_batch(dtype: torch.dtype, head_dim: int, seed: int) -> None:
+    lens_q, lens_k = [300, 1, 77, 500], [300, 900, 400, 500]
+    batch = Packed.random(lens_q, lens_k, (8, 2, head_dim), seed, dtype, "cuda")
+    together = batch.run().split(lens_q)
+    parts = zip(batch.q.split(lens_q), batch.k.split(lens_k), batch.v.split(lens_k), strict=True)
+    for (q, k, v), expected in zip(parts, together, strict=True):
+        alone = replace(batch, q=q, k=k, v=v, lens_q=[len(q)], lens_k=[len(k)])
+        assert torch.equal(alone.run(), expected)
+        assert torch.equal(replace(alone, q=q[-9:], lens_q=[len(q[-9:])]).run(), expected[-9:])
+
+
+@pytest.mark.gpu
+def test_a_thousand_sequences(seed: int) -> None:
+    rng = random.Random(seed)
+    lens = [rng.choice((0, 1, 2, 40)) for _ in range(1000)]
+    batch = Packed.random(lens, lens, (4, 2, 64), seed, torch.bfloat16, "cuda")
+    assert_close_to_exact(batch.run(), batch.exact()[0], batch.reference()[0])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", FLOAT_DTYPES)
+def test_offsets_beyond_int32(dtype: torch.dtype, seed: int) -> None:
+    batch = Packed.random([33], [33], (2, 2, 64), seed, dtype, "cuda")
+    storage = torch.empty(2**31 + 2**17, dtype=dtype, device="cuda")  # 33 rows 2^26 elements apart
+
+    def far(x: Tensor, offset: int) -> Tensor:
+        return storage[offset:].as_strided((33, 2, 64), (2**26, 64, 1)).copy_(x)
+
+    moved = replace(batch, q=far(batch.q, 0), k=far(batch.k, 1024), v=far(batch.v, 2048))
+    assert torch.equal(moved.run(), batch.run())
 
 
 def ints(*values: int) -> Tensor:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import random
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -17,7 +18,7 @@ from tests.ops.support import DEVICES, FLOAT_DTYPES, assert_close_to_exact, rand
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", FLOAT_DTYPES)
 @pytest.mark.parametrize("heads", HEADS)
-@pytest.mark.parametrize("block_size", (8, 16, 256))
+@pytest.mark.parametrize("block_size", (8, 16, 32, 64, 128, 256))
 def test_paged_matches_float64(
     device: str, dtype: torch.dtype, heads: tuple[int, int, int], block_size: int, seed: int
 ) -> None:
@@ -109,6 +110,107 @@ def test_cache_offsets_beyond_int32(seed: int) -> None:
     got = ops.paged_attention(q, cache, cache, table, lens, prefix_sums([1], "cpu"), 1, scale=0.2)
     rows = cache[1].transpose(0, 1)
     torch.testing.assert_close(got.double(), exact_attention(q, rows, rows, 0.2)[0], rtol=2e-3, atol=2e-3)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16))
+@pytest.mark.parametrize("block_size", (8, 16, 32, 64, 128, 256))
+@pytest.mark.parametrize("heads", ((8, 2, 64), (4, 4, 96), (16, 2, 128), (4, 1, 256), (6, 2, 72)))
+def test_chunks_over_long_contexts(dtype: torch.dtype, block_size: int, heads: tuple[int, int, int], seed: int) -> None:
+    rng = random.Random(seed)
+    lens_q = [1, 2, 15, 64, 100, 200, 0, 129]
+    lens_k = [length + rng.choice((0, 1, rng.randrange(2000))) for length in lens_q]
+    lens_k[3] = 4 * block_size + rng.randrange(-1, 2) + 64  # ends at the border of a block, or beside it
+    batch = Packed.random(lens_q, lens_k, heads, seed, dtype, "cuda")
+    paged = Paged.from_packed(batch, block_size, seed + 1, padding_rows=70)
+    got, lse = paged.run_with_lse()
+    assert got[-70:].count_nonzero() == 0 and bool((lse[-70:] == -torch.inf).all())
+    (exact, exact_lse), (reference, _) = batch.exact(), paged.reference()
+    assert_close_to_exact(got[:-70], exact, reference[:-70])
+    torch.testing.assert_close(lse[:-70].double(), exact_lse, rtol=0, atol=2e-5)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", FLOAT_DTYPES)
+@pytest.mark.parametrize("context", (131072, 100001))
+def test_contexts_of_128k(dtype: torch.dtype, context: int, seed: int) -> None:
+    batch = Packed.random([1, 70], [context, context - 7], (4, 1, 128), seed, dtype, "cuda")
+    paged = Paged.from_packed(batch, 16, seed + 1)
+    assert_close_to_exact(paged.run(), batch.exact()[0], paged.reference()[0])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", FLOAT_DTYPES)
+@pytest.mark.parametrize("head_dim", (64, 128, 256))
+def test_chunks_and_pages_change_no_bit_on_cuda(dtype: torch.dtype, head_dim: int, seed: int) -> None:
+    """Where a prompt is cut into chunks of many queries, which blocks hold it, and who else is there."""
+    batch = Packed.random([700, 90], [700, 400], (8, 2, head_dim), seed, dtype, "cuda", window=0)
+    paged = Paged.from_packed(batch, 16, seed + 1)
+    together = paged.run()
+    assert torch.equal(together, batch.run())
+    assert torch.equal(together, Paged.from_packed(batch, 256, seed + 2).run())
+    for begin, end in ((0, 200), (63, 164), (200, 333), (333, 700)):
+        assert torch.equal(paged.of_sequence(0, begin, end).run(), together[begin:end])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", FLOAT_DTYPES)
+def test_cuda_cache_beyond_2_31_elements(dtype: torch.dtype, seed: int) -> None:
+    batch = Packed.random([40], [200], (4, 2, 128), seed, dtype, "cuda")
+    small = Paged.from_packed(batch, 16, seed + 1)
+    used = small.block_tables[0, : -(-200 // 16)].long()
+    num_blocks = (2**31 // (2 * 2 * 16 * 128)) + 20  # the last ones begin beyond 2^31 elements
+    cache = torch.empty(num_blocks, 2, 2, 16, 128, dtype=dtype, device="cuda")
+    last = num_blocks - 1 - torch.arange(len(used), device="cuda")
+    cache[last, 0], cache[last, 1] = small.k_cache[used], small.v_cache[used]
+    table = last.to(torch.int32).unsqueeze(0)
+    large = replace(small, k_cache=cache[:, 0], v_cache=cache[:, 1], block_tables=table)
+    assert torch.equal(large.run(), small.run())
+
+
+@pytest.mark.gpu
+def test_cuda_graph_replays_on_other_lengths(seed: int) -> None:
+    """A captured call serves any lengths with these totals: more, fewer and no queries, other tables."""
+    makes = [
+        ([64, 64, 64], [200, 64, 90]),
+        ([1, 1, 1], [150, 20, 3]),
+        ([0, 128, 3], [0, 200, 3]),
+        ([0, 0, 0], [9, 9, 9]),
+    ]
+    batches = []
+    for i, (lens_q, lens_k) in enumerate(makes):
+        packed = Packed.random(lens_q, lens_k, (8, 2, 128), seed + i, torch.bfloat16, "cuda")
+        batches.append((packed, Paged.from_packed(packed, 16, seed, padding_rows=192 - sum(lens_q))))
+    blocks, columns = (max(paged.k_cache.shape[0] for _, paged in batches), 16)
+    static = replace(
+        batches[0][1],
+        k_cache=torch.zeros(blocks, 2, 16, 128, dtype=torch.bfloat16, device="cuda"),
+        v_cache=torch.zeros(blocks, 2, 16, 128, dtype=torch.bfloat16, device="cuda"),
+        block_tables=torch.zeros(3, columns, dtype=torch.int32, device="cuda"),
+        longest=192,
+    )
+
+    def fill(paged: Paged) -> None:
+        for name in ("q", "seq_lens", "cu_seqlens_q"):
+            getattr(static, name).copy_(getattr(paged, name))
+        for name in ("k_cache", "v_cache"):
+            getattr(static, name)[: len(paged.k_cache)] = getattr(paged, name)
+        static.block_tables[:, : paged.block_tables.shape[1]] = paged.block_tables
+
+    fill(batches[0][1])
+    static.run()  # loads the kernel before capture
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out, lse = static.run_with_lse()
+    for packed, paged in batches:
+        fill(paged)
+        out.fill_(torch.nan)
+        lse.fill_(torch.nan)
+        graph.replay()
+        live = sum(packed.lens_q)
+        assert out[live:].count_nonzero() == 0 and bool((lse[live:] == -torch.inf).all())
+        if live:
+            assert_close_to_exact(out[:live], packed.exact()[0], packed.reference()[0])
 
 
 def ints(*values: int) -> Tensor:

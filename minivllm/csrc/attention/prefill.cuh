@@ -1,10 +1,10 @@
-// Attention of many queries on tensor cores (sm_80 and later, mma.sync): FlashAttention-2's algorithm (Dao 2023, arXiv:2307.08691).
-// A block keeps its rows' queries in shared memory and their outputs in registers, and walks over tiles of keys and values, last to
-// first, under an online softmax; while it works on one tile, cp.async brings the next. tiles.h says how large tiles are and why,
-// schedule.cuh which block takes which.
+// Attention of many queries on tensor cores (sm_80 and later, mma.sync): FlashAttention-2's algorithm (Dao 2023,
+// arXiv:2307.08691). A block keeps its rows' queries in shared memory and their outputs in registers, and walks over tiles of
+// keys and values, last to first, under an online softmax; while it works on one tile, cp.async brings the next. tiles.h says
+// how large tiles are and why, schedule.cuh which block takes which.
 //
-// Tiles of keys begin at fixed positions of the sequence, and a tile that a row does not see changes nothing of it to the bit. So a
-// row's result depends on its query and the keys and values it sees, and not on its neighbours, chunks or pages.
+// Tiles of keys begin at fixed positions of the sequence, and a tile that a row does not see changes nothing of it to the bit.
+// So a row's result depends on its query and the keys and values it sees, and not on its neighbours, chunks or pages.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -26,8 +26,8 @@ __device__ __forceinline__ void copy_word_async(uint32_t target, const void* sou
   asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(target), "l"(source), "r"(valid ? 4 : 0) : "memory");
 }
 
-// Rows of kHeadDim 16-bit values in shared memory. Their 16-byte chunks are permuted by an exclusive or with bits of the row number,
-// so that the same chunk of 8 consecutive rows lies in 8 different groups of banks (ldmatrix reads without conflicts).
+// Rows of kHeadDim 16-bit values in shared memory. Their 16-byte chunks are permuted by an exclusive or with bits of the row
+// number, so that the same chunk of 8 consecutive rows lies in 8 different groups of banks: ldmatrix reads without conflicts.
 template <int kHeadDim>
 struct Swizzle {
   static constexpr int kPitch = kHeadDim * 2, kChunks = kHeadDim / 8;
@@ -52,62 +52,60 @@ __device__ __forceinline__ void copy_chunk_slowly(char* target, const T* source,
   *reinterpret_cast<Vec<T, 8>*>(target) = chunk;
 }
 
-// One block's work.
+// One block's work. What is seldom needed lies in shared memory, because outputs and scores take most of the registers.
 template <typename T, typename C, bool kPaged>
 struct Worker {
   using S = Swizzle<C::kHeadDim>;
   static constexpr int kKeyTiles = C::kKeys / 8, kWidthTiles = C::kHeadDim / 8;  // n8 tiles of scores and outputs
+  // Copies: kLanes threads take a row, each every kLanes-th chunk; the twist of a thread's rows is the same for all of them.
+  static constexpr int kLanes = C::kHeadDim % 64 == 0 ? 8 : 4, kParts = S::kChunks / kLanes, kStep = C::kThreads / kLanes;
 
   const Prefill& p;
-  const RowTile& tile;
-  const bool wide;  // every row of q, k and v is whole chunks at 16-byte addresses
+  const Group& group;
+  const RowTile& tile;    // in shared memory
+  const KeyTiles& tiles;  // in shared memory
+  const bool wide;        // every row of q, k and v is whole chunks at 16-byte addresses
   char* const shared;
   const uint32_t queries, keys, values, pages;  // addresses in shared memory
-  const T *k_head, *v_head;
+  const int my_row, my_chunk;                   // of the copies of this thread: the first
 
   float out[C::kRowTiles][kWidthTiles][4];
   float top[C::kRowTiles][2], sum[C::kRowTiles][2];  // of row g and g + 8: largest score; this thread's part of the sum
 
-  __device__ __forceinline__ Worker(const Prefill& p, const RowTile& tile, bool wide, char* shared)
-      : p(p), tile(tile), wide(wide), shared(shared), queries(shared_address(shared)), keys(queries + C::kQueryBytes),
-        values(keys + C::kStages * C::kTileBytes), pages(values + C::kStages * C::kTileBytes) {
-    const int64_t k_begin = tile.kv_head * p.k.head_stride + tile.kv_begin * p.k.row_stride;
-    const int64_t v_begin = tile.kv_head * p.v.head_stride + tile.kv_begin * p.v.row_stride;
-    k_head = static_cast<const T*>(p.k.data) + k_begin, v_head = static_cast<const T*>(p.v.data) + v_begin;
-  }
+  __device__ __forceinline__ Worker(const Prefill& p, const Group& group, const RowTile& tile, const KeyTiles& tiles, bool wide,
+                                    char* shared)
+      : p(p), group(group), tile(tile), tiles(tiles), wide(wide), shared(shared), queries(shared_address(shared)),
+        keys(queries + C::kQueryBytes), values(keys + C::kStages * C::kTileBytes), pages(values + C::kStages * C::kTileBytes),
+        my_row(threadIdx.x / kLanes), my_chunk(threadIdx.x % kLanes) {}
 
-  // kRows rows into shared memory: row r from source(r), or zeros if that is null.
-  template <int kRows, typename Source>
-  __device__ __forceinline__ void load_rows(uint32_t target, const Source& source) const {
-    if (wide) {
+  // This thread's chunks of one row, `source` being the first; zeros beyond head_dim, and for a row that is not valid.
+  __device__ __forceinline__ void copy_row(uint32_t target, int row, const T* source, bool valid) const {
 #pragma unroll
-      for (int i = 0; i < kRows * S::kChunks / C::kThreads; ++i) {
-        const int index = threadIdx.x + i * C::kThreads, r = index / S::kChunks, chunk = index % S::kChunks;
-        const T* row = source(r);
-        const bool valid = row != nullptr && chunk * 8 < p.head_dim;
-        copy_async(target + S::offset(r, chunk), valid ? row + chunk * 8 : static_cast<const T*>(p.q), valid);
+    for (int part = 0; part < kParts; ++part) {
+      const int chunk = my_chunk + part * kLanes;
+      // chunk ^ twist: a twist is less than kLanes
+      const uint32_t place = target + S::offset(row, my_chunk) + part * kLanes * 16;
+      if (wide) {
+        copy_async(place, source + part * kLanes * 8, valid && chunk * 8 < p.head_dim);
+      } else {
+        copy_chunk_slowly(shared + (place - queries), source + part * kLanes * 8, valid ? p.head_dim - chunk * 8 : 0);
       }
-      return;
-    }
-#pragma unroll 1
-    for (int index = threadIdx.x; index < kRows * S::kChunks; index += C::kThreads) {
-      const int r = index / S::kChunks, chunk = index % S::kChunks;
-      const T* row = source(r);
-      copy_chunk_slowly(shared + (target - queries) + S::offset(r, chunk), row + chunk * 8,
-                        row != nullptr ? p.head_dim - chunk * 8 : 0);
     }
   }
 
-  __device__ __forceinline__ void load_queries() const {
-    load_rows<C::kRows>(queries, [&](int r) -> const T* {
-      const int row = tile.row_begin + r, query = tile.query(row), head = tile.kv_head * tile.group + row - query * tile.group;
-      const int64_t offset = (tile.q_begin + int64_t{query}) * p.q_token_stride + head * p.q_head_stride;
-      return row < tile.row_end ? static_cast<const T*>(p.q) + offset : nullptr;
-    });
+  __device__ __forceinline__ void load_queries(const RowTile& found) const {
+    const T* head = static_cast<const T*>(p.q) + found.q_begin * p.q_token_stride +
+                    found.kv_head * group.size * p.q_head_stride + my_chunk * 8;
+#pragma unroll 4
+    for (int r = my_row; r < C::kRows; r += kStep) {
+      const int row = min(found.row_begin + r, found.row_end - 1), query = group.divide(row);
+      const T* source = head + query * p.q_token_stride + (row - query * group.size) * p.q_head_stride;
+      copy_row(queries, r, source, found.row_begin + r < found.row_end);
+    }
   }
 
   // The blocks of the cache that hold the keys of tile n, one number for 8 keys; awaited with the tile loaded meanwhile.
-  __device__ __forceinline__ void load_pages(int n) const {
+  __device__ __forceinline__ void load_pages(const RowTile& tile, int n) const {
     if (!kPaged || threadIdx.x >= C::kPages) return;
     const int key = n * C::kKeys + static_cast<int>(threadIdx.x) * 8;
     const int32_t* table = p.block_tables + tile.sequence * p.table_stride;
@@ -115,24 +113,38 @@ struct Worker {
     copy_word_async(pages + ((n & 1) * C::kPages + threadIdx.x) * 4, table + (valid ? key >> p.block_shift : 0), valid);
   }
 
-  // Keys and values of tile n into their stage; those beyond the sequence are not read, and 0.
-  __device__ __forceinline__ void load_tile(int n) const {
+  // Keys and values of tile n into their stage. kLast: the tile may end beyond the sequence; rows there are not read, and 0.
+  template <bool kLast>
+  __device__ __forceinline__ void load_tile(const RowTile& tile, int n) const {
     const uint32_t stage = (n & 1) * C::kTileBytes;
-    load_side(p.k, k_head, keys + stage, n);
-    load_side(p.v, v_head, values + stage, n);
-  }
-
-  __device__ __forceinline__ void load_side(const KvSide& side, const T* head, uint32_t target, int n) const {
-    const int first = n * C::kKeys, live = tile.len_k - first;
-    if (kPaged) {
-      const int32_t* page = reinterpret_cast<const int32_t*>(shared + (pages - queries)) + (n & 1) * C::kPages;
-      const int in_block = (1 << p.block_shift) - 1, width = static_cast<int>(side.row_stride);
-      load_rows<C::kKeys>(target, [&](int r) -> const T* {
-        return r < live ? head + page[r / 8] * side.block_stride + ((first + r) & in_block) * width : nullptr;
-      });
+    const int32_t* page = reinterpret_cast<const int32_t*>(shared + (pages - queries)) + (n & 1) * C::kPages;
+    const T* k_head = static_cast<const T*>(p.k.data) + tile.kv_head * p.k.head_stride + my_chunk * 8;
+    const T* v_head = static_cast<const T*>(p.v.data) + tile.kv_head * p.v.head_stride + my_chunk * 8;
+    const int first = n * C::kKeys;
+    if (!kPaged) {
+      const int64_t row = int64_t{tile.kv_begin} + first + my_row;
+      k_head += row * p.k.row_stride, v_head += row * p.v.row_stride;
+    }
+    const auto copy = [&](int r) {
+      const bool valid = !kLast || first + r < tile.len_k;
+      int64_t k_offset = 0, v_offset = 0;
+      if (kPaged && valid) {
+        const int64_t block = page[r / 8];
+        const int row = (first + r) & ((1 << p.block_shift) - 1);
+        k_offset = block * p.k.block_stride + row * static_cast<int>(p.k.row_stride);
+        v_offset = block * p.v.block_stride + row * static_cast<int>(p.v.row_stride);
+      } else if (valid) {
+        k_offset = (r - my_row) * p.k.row_stride, v_offset = (r - my_row) * p.v.row_stride;
+      }
+      copy_row(keys + stage, r, k_head + k_offset, valid);
+      copy_row(values + stage, r, v_head + v_offset, valid);
+    };
+    if (!wide) {
+#pragma unroll 1
+      for (int r = my_row; r < C::kKeys; r += kStep) copy(r);
     } else {
-      const T* row = head + first * side.row_stride;
-      load_rows<C::kKeys>(target, [&](int r) -> const T* { return r < live ? row + r * side.row_stride : nullptr; });
+#pragma unroll
+      for (int i = 0; i < C::kKeys / kStep; ++i) copy(my_row + i * kStep);
     }
   }
 
@@ -163,18 +175,20 @@ struct Worker {
 
   // Scores other than scale * q k^T with a positive scale, in units of log2(e): capped, or of a scale below 0.
   __device__ __forceinline__ void transform(float (&scores)[C::kRowTiles][kKeyTiles][4]) const {
-    const float inside = p.softcap > 0.0f ? 2.0f * kLog2E * p.scale / p.softcap : 0.0f;
+    const bool capped = p.softcap > 0.0f;
+    // softcap * tanh(x) = softcap - 2 softcap / (e^(2x) + 1)
+    const float inside = capped ? 2.0f * kLog2E * p.scale / p.softcap : 0.0f, cap = p.softcap * kLog2E;
+    const float factor = p.scale * kLog2E;
+    const auto each = [&](const auto& change) {
 #pragma unroll
-    for (int m = 0; m < C::kRowTiles; ++m)
+      for (int m = 0; m < C::kRowTiles; ++m)
 #pragma unroll
-      for (int j = 0; j < kKeyTiles; ++j)
+        for (int j = 0; j < kKeyTiles; ++j)
 #pragma unroll
-        for (int e = 0; e < 4; ++e) {
-          float& s = scores[m][j][e];
-          // tanh(x) = 1 - 2 / (e^(2x) + 1)
-          s = p.softcap > 0.0f ? p.softcap * kLog2E * (1.0f - __fdividef(2.0f, exp2_fast(s * inside) + 1.0f))
-                               : s * p.scale * kLog2E;
-        }
+          for (int e = 0; e < 4; ++e) scores[m][j][e] = change(scores[m][j][e]);
+    };
+    if (capped) each([&](float s) { return cap * (1.0f - __fdividef(2.0f, exp2_fast(s * inside) + 1.0f)); });
+    else each([&](float s) { return s * factor; });
   }
 
   __device__ __forceinline__ int row_of(int m, int half) const {
@@ -186,7 +200,7 @@ struct Worker {
     for (int m = 0; m < C::kRowTiles; ++m)
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        const int query = tile.query(min(row_of(m, half), tile.row_end - 1));
+        const int query = group.divide(min(row_of(m, half), tile.row_end - 1));
         const int first_key = n * C::kKeys + threadIdx.x % 4 * 2;
         const int begin = tile.first_visible(p, query) - first_key, end = tile.visible(p, query) - first_key;
 #pragma unroll
@@ -197,8 +211,11 @@ struct Worker {
       }
   }
 
-  // Scores become exponentials relative to each row's largest score, by which what was summed before shrinks.
-  __device__ __forceinline__ void exponentials(float unit, float (&scores)[C::kRowTiles][kKeyTiles][4]) {
+  // The largest score of each row, by whose growth what was summed before shrinks; base: what to subtract from scores * unit.
+  __device__ __forceinline__ void rescale(float unit, const float (&scores)[C::kRowTiles][kKeyTiles][4],
+                                          float (&base)[C::kRowTiles][2]) {
+    float keep[C::kRowTiles][2];
+    bool grown = false;
 #pragma unroll
     for (int m = 0; m < C::kRowTiles; ++m)
 #pragma unroll
@@ -209,25 +226,24 @@ struct Worker {
           largest = fmaxf(largest, fmaxf(scores[m][j][2 * half], scores[m][j][2 * half + 1]));
         largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, 1));
         largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, 2));
-        const float base = largest == -INFINITY ? 0.0f : largest * unit;  // no key yet: all exponentials are 0
-        const float keep = exp2_fast(top[m][half] * unit - base);
+        base[m][half] = largest == -INFINITY ? 0.0f : largest * unit;  // no key yet: all exponentials are 0
+        keep[m][half] = exp2_fast(top[m][half] * unit - base[m][half]);
+        grown |= largest != top[m][half];
         top[m][half] = largest;
-        float total = 0.0f;
-#pragma unroll
-        for (int j = 0; j < kKeyTiles; ++j)
-#pragma unroll
-          for (int e = 2 * half; e < 2 * half + 2; ++e) {
-            scores[m][j][e] = exp2_fast(fmaf(scores[m][j][e], unit, -base));
-            total += scores[m][j][e];
-          }
-        sum[m][half] = sum[m][half] * keep + total;
-#pragma unroll
-        for (int j = 0; j < kWidthTiles; ++j) out[m][j][2 * half] *= keep, out[m][j][2 * half + 1] *= keep;
+        sum[m][half] *= keep[m][half];
       }
+    if (!__any_sync(0xffffffffu, grown)) return;  // as it mostly is after a few tiles; the factors are 1
+#pragma unroll
+    for (int m = 0; m < C::kRowTiles; ++m)
+#pragma unroll
+      for (int j = 0; j < kWidthTiles; ++j)
+#pragma unroll
+        for (int e = 0; e < 4; ++e) out[m][j][e] *= keep[m][e / 2];
   }
 
-  // out += weights times values of tile n. A product's result has the layout of the next one's left side.
-  __device__ __forceinline__ void multiply_values(int n, const float (&weights)[C::kRowTiles][kKeyTiles][4]) {
+  // out += exponentials of scores times values of tile n. A product's result has the layout of the next one's left side.
+  __device__ __forceinline__ void multiply_values(int n, float unit, const float (&scores)[C::kRowTiles][kKeyTiles][4],
+                                                  const float (&base)[C::kRowTiles][2]) {
     const int lane = threadIdx.x % 32, row = lane % 16;
     const uint32_t begin = values + (n & 1) * C::kTileBytes + row * S::kPitch, twisted = (lane / 16 ^ S::twist(row)) * 16;
 #pragma unroll
@@ -237,8 +253,11 @@ struct Worker {
       for (int m = 0; m < C::kRowTiles; ++m)
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-          const float* pair = &weights[m][2 * k + i / 2][i % 2 * 2];
-          a[m][i] = pack_pair<T>(pair[0], pair[1]);
+          const float* pair = &scores[m][2 * k + i / 2][i % 2 * 2];
+          const float low = exp2_fast(fmaf(pair[0], unit, -base[m][i % 2]));
+          const float high = exp2_fast(fmaf(pair[1], unit, -base[m][i % 2]));
+          sum[m][i % 2] += low + high;
+          a[m][i] = pack_pair<T>(low, high);
         }
 #pragma unroll
       for (int d = 0; d < kWidthTiles / 2; ++d) {
@@ -253,40 +272,47 @@ struct Worker {
     }
   }
 
-  __device__ __forceinline__ void run() {
+  // found: the tile in registers, because the one in shared memory may be read only after the first barrier.
+  // last: the last tile of keys, or -1.
+  __device__ __forceinline__ void run(const RowTile& found, int last) {
     const bool plain = p.softcap == 0.0f && p.scale > 0.0f;
     const float unit = plain ? p.scale * kLog2E : 1.0f;
-    const KeyTiles tiles(p, tile, C::kKeys);
+    if (last >= 0) {
+      if (kPaged) {
+        load_pages(found, last), load_pages(found, last - 1);
+        copy_async_commit();
+      }
+      load_queries(found);
+      if (kPaged) {
+        copy_async_commit(), copy_async_wait<1>();
+        __syncthreads();
+      }
+      load_tile<true>(found, last);
+      copy_async_commit();
+    }
 #pragma unroll
     for (int m = 0; m < C::kRowTiles; ++m) {
       top[m][0] = top[m][1] = -INFINITY, sum[m][0] = sum[m][1] = 0.0f;
 #pragma unroll
       for (int j = 0; j < kWidthTiles; ++j) out[m][j][0] = out[m][j][1] = out[m][j][2] = out[m][j][3] = 0.0f;
     }
-    if (tiles.first <= tiles.last) {
-      if (kPaged) {
-        load_pages(tiles.last), load_pages(tiles.last - 1);
-        copy_async_commit(), copy_async_wait<0>();
-        __syncthreads();
-      }
-      load_queries();
-      load_tile(tiles.last);
-      copy_async_commit();
-    }
-    for (int n = tiles.last; n >= tiles.first; --n) {
-      copy_async_wait<0>();
-      __syncthreads();  // tile n has arrived, and nobody reads the stage of tile n + 1 any more
+    copy_async_wait<0>();
+    __syncthreads();  // the first tile has arrived, and what tile and tiles refer to
+    for (int n = last; n >= tiles.first; --n) {
       if (n > tiles.first) {
-        load_pages(n - 2);
-        load_tile(n - 1);
+        load_pages(tile, n - 2);
+        load_tile<false>(tile, n - 1);
         copy_async_commit();
       }
       float scores[C::kRowTiles][kKeyTiles][4] = {};
       multiply_keys(n, scores);
       if (!plain) transform(scores);
       if (n < tiles.whole_first || n > tiles.whole_last) mask(n, scores);
-      exponentials(unit, scores);
-      multiply_values(n, scores);
+      float base[C::kRowTiles][2];
+      rescale(unit, scores, base);
+      multiply_values(n, unit, scores, base);
+      copy_async_wait<0>();
+      __syncthreads();  // tile n - 1 has arrived, and nobody reads the stage of tile n any more
     }
     write(unit);
   }
@@ -314,6 +340,7 @@ struct Worker {
       }
     __syncwarp();
     const bool whole = p.head_dim % 8 == 0;
+#pragma unroll 4
     for (int i = lane; i < 16 * C::kRowTiles * S::kChunks; i += 32) {
       const int r = first + i / S::kChunks, chunk = i % S::kChunks, row = tile.row_begin + r;
       if (row >= tile.row_end || chunk * 8 >= p.head_dim) continue;
@@ -331,17 +358,23 @@ struct Worker {
 
   // Row of [num_tokens * num_heads].
   __device__ __forceinline__ int64_t out_row(int row) const {
-    const int query = tile.query(row);
-    return (tile.q_begin + int64_t{query}) * p.num_heads + tile.kv_head * tile.group + row - query * tile.group;
+    const int query = group.divide(row);
+    return (tile.q_begin + int64_t{query}) * p.num_heads + tile.kv_head * group.size + row - query * group.size;
   }
 };
 
 template <typename T, typename C, bool kPaged>
-__global__ void __launch_bounds__(C::kThreads, C::kBlocks) prefill_kernel(const __grid_constant__ Prefill p, bool wide) {
+__global__ void __launch_bounds__(C::kThreads, C::kBlocks)
+    prefill_kernel(const __grid_constant__ Prefill p, const __grid_constant__ Group group, bool wide) {
   extern __shared__ __align__(128) char shared_memory[];
-  RowTile tile;
-  if (!find_tile<kPaged>(p, C::kRows, tile)) return;
-  Worker<T, C, kPaged>(p, tile, wide, shared_memory).run();
+  __shared__ RowTile tile;
+  __shared__ KeyTiles tiles;
+  RowTile found;
+  if (!find_tile<kPaged>(p, group.size, C::kRows, found)) return;
+  const KeyTiles seen(p, group, found, C::kKeys);
+  if (threadIdx.x == 0) tile = found, tiles = seen;
+  Worker<T, C, kPaged> worker(p, group, tile, tiles, wide, shared_memory);
+  worker.run(found, seen.first <= seen.last ? seen.last : -1);
 }
 
 // Kernels with more than 48 KiB of shared memory ask for it once a device.
@@ -373,7 +406,7 @@ const char* launch_tiles(const Prefill& p, cudaStream_t stream) {
   const bool wide = p.head_dim % 8 == 0 && whole_chunks(p.q, {p.q_token_stride, p.q_head_stride}) &&
                     whole_chunks(p.k.data, {p.k.block_stride, p.k.head_stride, p.k.row_stride}) &&
                     whole_chunks(p.v.data, {p.v.block_stride, p.v.head_stride, p.v.row_stride});
-  kernel<<<static_cast<unsigned>(blocks), C::kThreads, C::kSharedBytes, stream>>>(p, wide);
+  kernel<<<static_cast<unsigned>(blocks), C::kThreads, C::kSharedBytes, stream>>>(p, Group(p.num_heads / p.num_kv_heads), wide);
   return launch_error();
 }
 
@@ -381,7 +414,8 @@ const char* launch_tiles(const Prefill& p, cudaStream_t stream) {
 template <bool kPaged>
 const char* launch_prefill(const Prefill& p, void* stream) {
   if (p.num_tokens == 0) return nullptr;
-  if (int64_t{p.num_tokens} * (p.num_heads / p.num_kv_heads) > 2147483647) return "more than 2^31 - 1 rows for a key-value head";
+  const int64_t rows = int64_t{p.num_tokens} * (p.num_heads / p.num_kv_heads);
+  if (rows > 2147483647) return "more than 2^31 - 1 rows for a key-value head";
   const auto s = static_cast<cudaStream_t>(stream);
   return dispatch_dtype(p.dtype, [&](auto* tag) {
     using T = std::remove_pointer_t<decltype(tag)>;

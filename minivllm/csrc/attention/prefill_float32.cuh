@@ -1,5 +1,5 @@
-// Attention of float32 tensors: the same walk over keys as prefill.cuh, on CUDA cores, because tensor cores would round the operands
-// (tf32). For tests and small float32 models; not tuned further than coalesced loads and broadcasts from shared memory.
+// Attention of float32 tensors: the same walk over keys as prefill.cuh, on CUDA cores, because tensor cores would round the
+// operands (tf32). For tests and small float32 models; not tuned beyond coalesced loads and broadcasts from shared memory.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -19,23 +19,24 @@ struct FloatTiles {
 };
 
 template <typename C, bool kPaged>
-__global__ void __launch_bounds__(C::kThreads) prefill_float32_kernel(const __grid_constant__ Prefill p) {
+__global__ void __launch_bounds__(C::kThreads, 2)
+    prefill_float32_kernel(const __grid_constant__ Prefill p, const __grid_constant__ Group group) {
   extern __shared__ __align__(16) float floats[];
   RowTile tile;
-  if (!find_tile<kPaged>(p, C::kRows, tile)) return;
+  if (!find_tile<kPaged>(p, group.size, C::kRows, tile)) return;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, first = warp * C::kWarpRows;
   float* queries = floats;
   float* shared_kv = queries + C::kRows * C::kHeadDim;  // keys, then values
   float* weights = shared_kv + C::kKeys * C::kPitch + warp * C::kKeys * C::kWarpRows;  // [key][row]
 
-  const auto head_of = [&](int row) { return tile.kv_head * tile.group + row % tile.group; };
+  const auto head_of = [&](int row) { return tile.kv_head * group.size + row - group.divide(row) * group.size; };
   for (int r = 0; r < C::kWarpRows; ++r) {
     const int row = tile.row_begin + first + r;
     const float* source = static_cast<const float*>(p.q);
     if (row < tile.row_end)
-      source += (tile.q_begin + int64_t{tile.query(row)}) * p.q_token_stride + head_of(row) * p.q_head_stride;
+      source += (tile.q_begin + int64_t{group.divide(row)}) * p.q_token_stride + head_of(row) * p.q_head_stride;
     for (int d = lane; d < C::kHeadDim; d += 32)
-      queries[(first + r) * C::kHeadDim + d] = row < tile.row_end && d < p.head_dim ? source[d] : 0.0f;
+      queries[(first + r) * C::kHeadDim + d] = row < tile.row_end && d < p.head_dim ? source[d] * p.scale : 0.0f;
   }
   const auto load = [&](const KvSide& side, int n) {
     const float* head = static_cast<const float*>(side.data) + tile.kv_head * side.head_stride;
@@ -56,40 +57,46 @@ __global__ void __launch_bounds__(C::kThreads) prefill_float32_kernel(const __gr
   float out[C::kWarpRows][C::kColumns] = {}, top[C::kWarpRows], sum[C::kWarpRows] = {};
 #pragma unroll
   for (int r = 0; r < C::kWarpRows; ++r) top[r] = -INFINITY;
-  const KeyTiles tiles(p, tile, C::kKeys);
+  const KeyTiles tiles(p, group, tile, C::kKeys);
   for (int n = tiles.last; n >= tiles.first; --n) {
     load(p.k, n);
     __syncthreads();
     float scores[C::kWarpRows] = {};
+    for (int part = 0; part < C::kHeadDim; part += 64) {  // short chains of sums: rounding errors grow with their length
+      float partial[C::kWarpRows] = {};
 #pragma unroll 4
-    for (int d = 0; d < C::kHeadDim; d += 4) {
-      const float4 k = *reinterpret_cast<const float4*>(shared_kv + lane * C::kPitch + d);
+      for (int d = part; d < part + 64; d += 4) {
+        const float4 k = *reinterpret_cast<const float4*>(shared_kv + lane * C::kPitch + d);
 #pragma unroll
-      for (int r = 0; r < C::kWarpRows; ++r) {
-        const float4 q = *reinterpret_cast<const float4*>(queries + (first + r) * C::kHeadDim + d);
-        scores[r] = fmaf(q.x, k.x, fmaf(q.y, k.y, fmaf(q.z, k.z, fmaf(q.w, k.w, scores[r]))));
+        for (int r = 0; r < C::kWarpRows; ++r) {
+          const float4 q = *reinterpret_cast<const float4*>(queries + (first + r) * C::kHeadDim + d);
+          partial[r] = fmaf(q.x, k.x, fmaf(q.y, k.y, fmaf(q.z, k.z, fmaf(q.w, k.w, partial[r]))));
+        }
       }
+#pragma unroll
+      for (int r = 0; r < C::kWarpRows; ++r) scores[r] += partial[r];
     }
     const int key = n * C::kKeys + lane;
+    float keep[C::kWarpRows];
 #pragma unroll
     for (int r = 0; r < C::kWarpRows; ++r) {
-      const int query = tile.query(min(tile.row_begin + first + r, tile.row_end - 1));
-      float s = scores[r] * p.scale;
+      const int query = group.divide(min(tile.row_begin + first + r, tile.row_end - 1));
+      float s = scores[r];
       if (p.softcap > 0.0f) s = p.softcap * tanhf(s / p.softcap);
       if (key < tile.first_visible(p, query) || key >= tile.visible(p, query)) s = -INFINITY;
       float largest = fmaxf(top[r], s);
 #pragma unroll
       for (int step = 16; step > 0; step /= 2) largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, step));
-      const float base = largest == -INFINITY ? 0.0f : largest, keep = expf(top[r] - base), weight = expf(s - base);
+      const float base = largest == -INFINITY ? 0.0f : largest, weight = expf(s - base);
+      keep[r] = expf(top[r] - base);
       top[r] = largest;
-      sum[r] = sum[r] * keep + weight;
+      sum[r] = sum[r] * keep[r] + weight;
       weights[lane * C::kWarpRows + r] = weight;
-#pragma unroll
-      for (int i = 0; i < C::kColumns; ++i) out[r][i] *= keep;
     }
     __syncthreads();
     load(p.v, n);
     __syncthreads();
+    float partial[C::kWarpRows][C::kColumns] = {};
 #pragma unroll 4
     for (int j = 0; j < C::kKeys; ++j) {
       float w[C::kWarpRows];
@@ -100,21 +107,25 @@ __global__ void __launch_bounds__(C::kThreads) prefill_float32_kernel(const __gr
       for (int i = 0; i < C::kColumns; ++i) {
         const float v = shared_kv[j * C::kPitch + i * 32 + lane];
 #pragma unroll
-        for (int r = 0; r < C::kWarpRows; ++r) out[r][i] = fmaf(w[r], v, out[r][i]);
+        for (int r = 0; r < C::kWarpRows; ++r) partial[r][i] = fmaf(w[r], v, partial[r][i]);
       }
     }
+#pragma unroll
+    for (int r = 0; r < C::kWarpRows; ++r)
+#pragma unroll
+      for (int i = 0; i < C::kColumns; ++i) out[r][i] = fmaf(out[r][i], keep[r], partial[r][i]);
     __syncthreads();
   }
 #pragma unroll
   for (int r = 0; r < C::kWarpRows; ++r) {
     const int row = tile.row_begin + first + r;
-    const float total = warp_sum(sum[r]), factor = total == 0.0f ? 0.0f : 1.0f / total;
+    const float total = warp_sum(sum[r]), divisor = total == 0.0f ? 1.0f : total;  // of a row without keys: 0 / 1
     if (row >= tile.row_end) continue;
-    const int64_t out_row = (tile.q_begin + int64_t{tile.query(row)}) * p.num_heads + head_of(row);
+    const int64_t out_row = (tile.q_begin + int64_t{group.divide(row)}) * p.num_heads + head_of(row);
     if (p.lse != nullptr && lane == 0) p.lse[out_row] = total == 0.0f ? -INFINITY : top[r] + logf(total);
 #pragma unroll
     for (int i = 0; i < C::kColumns; ++i)
-      if (i * 32 + lane < p.head_dim) static_cast<float*>(p.out)[out_row * p.head_dim + i * 32 + lane] = out[r][i] * factor;
+      if (i * 32 + lane < p.head_dim) static_cast<float*>(p.out)[out_row * p.head_dim + i * 32 + lane] = out[r][i] / divisor;
   }
 }
 
@@ -125,7 +136,7 @@ const char* launch_float_tiles(const Prefill& p, cudaStream_t stream) {
   if (error != cudaSuccess) return cudaGetErrorString(error);
   const int64_t blocks = max_row_tiles(p, C::kRows) * p.num_kv_heads;
   if (blocks > 2147483647) return "more than 2^31 - 1 tiles";
-  kernel<<<static_cast<unsigned>(blocks), C::kThreads, C::kSharedBytes, stream>>>(p);
+  kernel<<<static_cast<unsigned>(blocks), C::kThreads, C::kSharedBytes, stream>>>(p, Group(p.num_heads / p.num_kv_heads));
   return launch_error();
 }
 

@@ -1,6 +1,6 @@
-// Which rows and keys a block of the prefill kernels takes. The host knows no lengths: it launches as many blocks as any lengths
-// could need, and each finds its tile from the prefix sums. Longer tiles of a sequence come first, so that the last blocks are short;
-// key-value heads lie next to each other.
+// Which rows and keys a block of the prefill kernels takes. The host knows no lengths: it launches as many blocks as any
+// lengths could need, and each finds its tile from the prefix sums. Longer tiles of a sequence come first, so that the
+// last blocks are short; key-value heads lie next to each other.
 #pragma once
 
 #include <cstdint>
@@ -9,15 +9,26 @@
 
 namespace minivllm::attention {
 
+// Number of query heads that share a key-value head, and division by it: n / size is the upper half of n * multiplier, shifted,
+// for 0 <= n < 2^31 (Granlund and Montgomery 1994, "Division by invariant integers using multiplication").
+struct Group {
+  int size, shift = 0;
+  uint32_t multiplier = 0;
+
+  explicit Group(int size) : size(size) {
+    if (size == 1) return;
+    while ((int64_t{1} << (shift + 1)) < size) ++shift;
+    multiplier = static_cast<uint32_t>(((uint64_t{1} << (32 + shift)) + size - 1) / size);
+  }
+  __device__ int divide(int n) const { return size == 1 ? n : static_cast<int>(__umulhi(n, multiplier) >> shift); }
+};
+
 // Rows [row_begin, row_end) of one sequence and key-value head; row r is query r / group of head kv_head * group + r % group.
 struct RowTile {
-  int sequence, kv_head, group;
-  int q_begin, len_q;         // of the sequence
-  int64_t kv_begin;           // packed only
-  int len_k;
+  int sequence, kv_head;
+  int q_begin, len_q;   // of the sequence
+  int kv_begin, len_k;  // kv_begin: packed only
   int row_begin, row_end;
-
-  __device__ int query(int row) const { return row / group; }
 
   // A query sees the keys [first_visible, visible).
   __device__ int visible(const Prefill& p, int query) const {
@@ -36,17 +47,18 @@ inline int64_t max_row_tiles(const Prefill& p, int rows) {
 
 // The tile of this block, found by every warp for itself: no shared memory, no barrier. False: there is none.
 template <bool kPaged>
-__device__ __forceinline__ bool find_tile(const Prefill& p, int rows, RowTile& tile) {
+__device__ __forceinline__ bool find_tile(const Prefill& p, int group, int rows, RowTile& tile) {
   const int lane = threadIdx.x % 32;
-  tile.group = p.num_heads / p.num_kv_heads;
   tile.kv_head = static_cast<int>(blockIdx.x % p.num_kv_heads);
   int index = static_cast<int>(blockIdx.x / p.num_kv_heads);
   for (int first = 0; first <= p.batch; first += 32) {
     const int i = first + lane;
     const int begin = i <= p.batch ? p.cu_seqlens_q[i] : 0;
     const int end = i < p.batch ? p.cu_seqlens_q[i + 1] : i == p.batch ? p.num_tokens : 0;
+    const int kv_begin = !kPaged && i < p.batch ? p.cu_seqlens_k[i] : 0;
+    const int kv_end = i < p.batch ? kPaged ? p.seq_lens[i] : p.cu_seqlens_k[i + 1] : 0;
     const bool decoded = i < p.batch && end - begin <= p.decoded_queries;
-    const int tiles = decoded ? 0 : ((end - begin) * tile.group + rows - 1) / rows;
+    const int tiles = decoded ? 0 : ((end - begin) * group + rows - 1) / rows;
     int sum = tiles;  // of this lane and those before it
 #pragma unroll
     for (int step = 1; step < 32; step *= 2) {
@@ -63,15 +75,9 @@ __device__ __forceinline__ bool find_tile(const Prefill& p, int rows, RowTile& t
     tile.q_begin = __shfl_sync(0xffffffffu, begin, found);
     tile.len_q = __shfl_sync(0xffffffffu, end, found) - tile.q_begin;
     tile.row_begin = (__shfl_sync(0xffffffffu, sum, found) - 1 - index) * rows;
-    tile.row_end = min(tile.row_begin + rows, tile.len_q * tile.group);
-    tile.kv_begin = 0, tile.len_k = 0;
-    if (tile.sequence == p.batch) return true;
-    if (kPaged) {
-      tile.len_k = p.seq_lens[tile.sequence];
-    } else {
-      tile.kv_begin = p.cu_seqlens_k[tile.sequence];
-      tile.len_k = p.cu_seqlens_k[tile.sequence + 1] - static_cast<int>(tile.kv_begin);
-    }
+    tile.row_end = min(tile.row_begin + rows, tile.len_q * group);
+    tile.kv_begin = __shfl_sync(0xffffffffu, kv_begin, found);
+    tile.len_k = __shfl_sync(0xffffffffu, kv_end, found) - tile.kv_begin;
     return true;
   }
   return false;
@@ -82,8 +88,9 @@ struct KeyTiles {
   int first, last;              // none: last < first
   int whole_first, whole_last;  // need no mask
 
-  __device__ KeyTiles(const Prefill& p, const RowTile& tile, int keys) {
-    const int low = tile.query(tile.row_begin), high = tile.query(tile.row_end - 1);
+  KeyTiles() = default;
+  __device__ KeyTiles(const Prefill& p, const Group& group, const RowTile& tile, int keys) {
+    const int low = group.divide(tile.row_begin), high = group.divide(tile.row_end - 1);
     first = tile.first_visible(p, low) / keys;
     last = (tile.visible(p, high) + keys - 1) / keys - 1;
     whole_first = (tile.first_visible(p, high) + keys - 1) / keys;
