@@ -10,7 +10,7 @@ namespace {
 
 constexpr int kMaxWarps = 4;
 constexpr int kManyHeads = 2;                // of a thread, where there are many tokens
-constexpr int kManyBlocks = 8;               // of kMaxWarps on one multiprocessor, likewise
+constexpr int kManyBlocks = 9;               // of kMaxWarps on one multiprocessor, likewise
 constexpr int64_t kFewThreads = 132 * 2048;  // as many threads as an H100 or H200 runs at a time
 
 struct Problem {
