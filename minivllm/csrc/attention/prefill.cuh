@@ -226,8 +226,9 @@ struct Worker {
           largest = fmaxf(largest, fmaxf(scores[m][j][2 * half], scores[m][j][2 * half + 1]));
         largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, 1));
         largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, 2));
-        base[m][half] = largest == -INFINITY ? 0.0f : largest * unit;  // no key yet: all exponentials are 0
-        keep[m][half] = exp2_fast(top[m][half] * unit - base[m][half]);
+        const float finite = largest == -INFINITY ? 0.0f : largest;  // no key yet: all exponentials are 0
+        base[m][half] = finite * unit;
+        keep[m][half] = exp2_fast((top[m][half] - finite) * unit);  // 1 to the bit where nothing grew
         grown |= largest != top[m][half];
         top[m][half] = largest;
         sum[m][half] *= keep[m][half];
