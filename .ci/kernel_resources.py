@@ -2,7 +2,8 @@
 
     python .ci/kernel_resources.py LOG ...
 
-Each LOG holds what `nvcc -Xptxas -v` printed for one file. Kernels that spill are listed first and make it exit with 1.
+Each LOG holds what `nvcc -Xptxas -v` printed for one file. Kernels that spill are listed first; beyond what TOLERATED
+allows they make it exit with 1.
 """
 
 from __future__ import annotations
@@ -18,6 +19,12 @@ ENTRY = re.compile(r"Compiling entry function '(\S+)' for 'sm_(\w+)'")
 FRAME = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads")
 USED = re.compile(r"Used (\d+) registers")
 SHARED = re.compile(r"(\d+) bytes smem")
+
+# Bytes of stack that a kernel may spill to, and why that is cheaper than the cure.
+TOLERATED = {
+    r"finish_kernel": 48,  # sampling: a few words outside its loops; with more registers only one block fits an SM
+    r"decode_kernel.*256": 32,  # sums of 256 elements and the queries of 8 columns; elsewhere nothing spills
+}
 
 
 @dataclass
@@ -58,16 +65,21 @@ def short_names(kernels: list[Kernel]) -> None:
         kernel.name = re.sub(r"\((?:int|bool|long)\)", "", name).split("(")[0]
 
 
+def tolerated(kernel: Kernel) -> int:
+    return next((limit for pattern, limit in TOLERATED.items() if re.search(pattern, kernel.name)), 0)
+
+
 def main() -> int:
     kernels = [kernel for log in sys.argv[1:] for kernel in kernels_of(Path(log))]
     short_names(kernels)
     spilling = [kernel for kernel in kernels if kernel.spilled]
+    too_much = [kernel for kernel in spilling if kernel.stack > tolerated(kernel)]
     print(f"{'file':<18} {'arch':<5} {'regs':>4} {'smem':>6} {'stack':>5} {'spilled':>7}  kernel")
     for kernel in sorted(kernels, key=lambda k: (not k.spilled, k.file, k.name, k.arch)):
         sizes = f"{kernel.registers:>4} {kernel.shared:>6} {kernel.stack:>5} {kernel.spilled:>7}"
         print(f"{kernel.file:<18} {kernel.arch:<5} {sizes}  {kernel.name}")
-    print(f"{len(kernels)} kernels, {len(spilling)} with spilled registers")
-    return 1 if spilling else 0
+    print(f"{len(kernels)} kernels, {len(spilling)} with spilled registers, {len(too_much)} beyond what is tolerated")
+    return 1 if too_much else 0
 
 
 if __name__ == "__main__":

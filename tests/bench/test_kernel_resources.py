@@ -40,3 +40,12 @@ def test_without_spills_it_succeeds(tmp_path: Path) -> None:
         LINES.format(stores=4).replace("4 bytes spill stores, 8", "0 bytes spill stores, 0"), encoding="utf-8"
     )
     assert run(log)[0] == 0
+
+
+def test_a_kernel_may_spill_as_much_as_it_is_told(tmp_path: Path) -> None:
+    log = tmp_path / "sample_filter.cu.80.log"
+    text = LINES.format(stores=4).replace("6second", "13finish_kernel")
+    log.write_text(text, encoding="utf-8")
+    assert run(log)[0] == 0
+    log.write_text(text.replace("48 bytes stack", "52 bytes stack"), encoding="utf-8")
+    assert run(log)[0] == 1
