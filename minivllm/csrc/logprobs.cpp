@@ -165,14 +165,6 @@ Check check_logprobs(const Tensor& logits, const Tensor& token_ids, int64_t num_
   return check;
 }
 
-void check_ids(const Check& check, const Tensor& token_ids) {
-  const int64_t n = check["n"], vocab = check["vocab"];
-  const auto* ids = static_cast<const int64_t*>(token_ids.data_ptr());
-  for (int64_t r = 0; r < n; ++r)
-    if (ids[r] >= vocab)
-      check.fail("token_ids holds " + std::to_string(ids[r]) + ", expected less than " + std::to_string(vocab));
-}
-
 struct Results {
   Tensor logprobs, ranks, top_ids, top_logprobs;
 
@@ -187,7 +179,8 @@ struct Results {
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> token_logprobs_cpu(const Tensor& logits, const Tensor& token_ids,
                                                               int64_t num_top) {
-  check_ids(check_logprobs(logits, token_ids, num_top), token_ids);
+  const Check check = check_logprobs(logits, token_ids, num_top);
+  check_ids(check, "token_ids", token_ids, check["vocab"], INT64_MIN);
   const int64_t n = logits.size(0);
   const Results results(logits, n, num_top);
   const Out out{static_cast<float*>(results.logprobs.data_ptr()), static_cast<int64_t*>(results.ranks.data_ptr()),

@@ -18,16 +18,6 @@ const T* values(const Tensor& t) {
   return static_cast<const T*>(t.data_ptr());
 }
 
-// Each of t: [n] lies in [lowest, size).
-void check_indices(const Check& check, const char* name, const Tensor& t, int64_t size, int64_t lowest = 0) {
-  const int64_t n = check["n"];
-  const auto* index = values<int64_t>(t);
-  for (int64_t i = 0; i < n; ++i)
-    if (index[i] < lowest || index[i] >= size)
-      check.fail(std::string(name) + " holds " + std::to_string(index[i]) + ", expected " +
-                 (index[i] < lowest ? "at least " + std::to_string(lowest) : "less than " + std::to_string(size)));
-}
-
 inline bool any_counted(const int32_t* counts, int64_t n) {
   int32_t bits = 0;
 #pragma omp simd reduction(| : bits)
@@ -86,8 +76,8 @@ Check check_apply(const Tensor& logits, const Tensor& row_indices, const Tensor&
 void apply_penalties_cpu(Tensor logits, const Tensor& row_indices, const Tensor& counts, const Tensor& count_indices,
                          const Tensor& presence, const Tensor& frequency, const Tensor& repetition) {
   const Check check = check_apply(logits, row_indices, counts, count_indices, presence, frequency, repetition);
-  check_indices(check, "row_indices", row_indices, check["num_rows"]);
-  check_indices(check, "count_indices", count_indices, check["num_states"]);
+  check_ids(check, "row_indices", row_indices, check["num_rows"]);
+  check_ids(check, "count_indices", count_indices, check["num_states"]);
   const Columns of{values<int64_t>(row_indices), values<int64_t>(count_indices), values<float>(presence),
                  values<float>(frequency), values<float>(repetition)};
   dispatch_float(logits.scalar_type(), [&](auto* tag) {
@@ -106,8 +96,8 @@ Check check_count(const Tensor& counts, const Tensor& count_indices, const Tenso
 
 void count_tokens_cpu(Tensor counts, const Tensor& count_indices, const Tensor& token_ids) {
   const Check check = check_count(counts, count_indices, token_ids);
-  check_indices(check, "count_indices", count_indices, check["num_states"]);
-  check_indices(check, "token_ids", token_ids, check["vocab"], INT64_MIN);
+  check_ids(check, "count_indices", count_indices, check["num_states"]);
+  check_ids(check, "token_ids", token_ids, check["vocab"], INT64_MIN);
   const int64_t *rows = values<int64_t>(count_indices), *tokens = values<int64_t>(token_ids);
   const int64_t n = check["n"], stride = counts.stride(0);
   auto* first = static_cast<int32_t*>(counts.data_ptr());

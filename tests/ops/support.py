@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -51,8 +50,3 @@ def no_device_sync() -> Iterator[None]:
         yield
     finally:
         torch.cuda.set_sync_debug_mode(before)
-
-
-def opcheck(op: Callable[..., Any], *args: object) -> None:
-    """Schema, fake kernel and autograd registration, on copies, because some ops write their arguments."""
-    torch.library.opcheck(op, tuple(arg.clone() if isinstance(arg, Tensor) else arg for arg in args))

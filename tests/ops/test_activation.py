@@ -9,7 +9,7 @@ from torch.nn import functional
 
 from minivllm import ops
 from minivllm.ops.activation import gelu_and_mul_reference, silu_and_mul_reference
-from tests.ops.support import DEVICES, FLOAT_DTYPES, assert_close_to_exact, opcheck, randn
+from tests.ops.support import DEVICES, FLOAT_DTYPES, assert_close_to_exact, randn
 
 
 def exact_silu_and_mul(x: Tensor) -> Tensor:
@@ -71,21 +71,6 @@ def test_a_row_does_not_depend_on_its_neighbours(device: str, seed: int) -> None
     together = ops.silu_and_mul(x)
     for row in (0, 99, 199):
         assert torch.equal(ops.silu_and_mul(x[row : row + 1]), together[row : row + 1])
-
-
-@pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("dtype", FLOAT_DTYPES)
-def test_opcheck(device: str, dtype: torch.dtype, seed: int) -> None:
-    opcheck(torch.ops.minivllm.silu_and_mul.default, randn(3, 5, 32, seed=seed, dtype=dtype, device=device))
-
-
-@pytest.mark.parametrize("device", DEVICES)
-def test_composes_with_torch_compile(device: str, seed: int) -> None:
-    def block(x: Tensor) -> Tensor:
-        return ops.silu_and_mul(x * 2) + 1
-
-    x = randn(5, 64, seed=seed, dtype=torch.float32, device=device)
-    torch.testing.assert_close(torch.compile(block, fullgraph=True)(x), block(x))
 
 
 def exact_gelu_and_mul(x: Tensor, approximate: str) -> Tensor:

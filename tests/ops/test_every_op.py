@@ -120,7 +120,10 @@ def test_computes_what_the_reference_says(device: str, name: str, dtype: torch.d
 def test_opcheck(device: str, name: str, dtype: torch.dtype, seed: int) -> None:
     """Schema, fake kernel, autograd registration and dynamic shapes under AOTAutograd."""
     op = getattr(torch.ops.minivllm, name).default
-    torch.library.opcheck(op, (), contiguous(fresh(name, device, dtype, seed)))
+    checks = ["test_schema", "test_autograd_registration", "test_faketensor"]
+    if not TABLE[name].opaque:  # this one compares results, and scratch memory in a plan may hold anything
+        checks.append("test_aot_dispatch_dynamic")
+    torch.library.opcheck(op, (), contiguous(fresh(name, device, dtype, seed)), test_utils=checks)
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from minivllm import ops
 from minivllm.ops.logprobs import token_logprobs_reference
-from tests.ops.support import DEVICES, FLOAT_DTYPES, assert_close_to_exact, generator, no_device_sync, opcheck, randn
+from tests.ops.support import DEVICES, FLOAT_DTYPES, assert_close_to_exact, generator, randn
 
 NAN, INF = float("nan"), float("inf")
 VOCABS = (1, 2, 3, 127, 128, 129, 1000, 9001)
@@ -188,25 +188,6 @@ def test_threads_do_not_change_results(seed: int) -> None:
 # ---- the op as PyTorch sees it ----
 
 
-@pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("dtype", FLOAT_DTYPES)
-@pytest.mark.parametrize("num_top", (0, 4))
-def test_opcheck(device: str, dtype: torch.dtype, num_top: int, seed: int) -> None:
-    logits, token_ids = randn(5, 90, seed=seed, dtype=dtype, device=device), tokens(5, 90, seed + 1, device)
-    opcheck(torch.ops.minivllm.token_logprobs.default, logits, token_ids, num_top)
-
-
-@pytest.mark.parametrize("device", DEVICES)
-def test_composes_with_torch_compile(device: str, seed: int) -> None:
-    token_ids = tokens(5, 90, seed + 1, device)
-
-    def step(hidden: Tensor) -> list[Tensor]:
-        return [tensor + 1 for tensor in ops.token_logprobs(hidden * 2, token_ids, 3)]
-
-    hidden = randn(5, 90, seed=seed, dtype=torch.float32, device=device)
-    torch.testing.assert_close(torch.compile(step, fullgraph=True)(hidden), step(hidden))
-
-
 BAD: dict[str, tuple[dict[str, Any], str]] = {
     "logits dtype": ({"logits": torch.ones(4, 8, dtype=torch.float64)}, "logits has dtype"),
     "logits shape": ({"logits": torch.ones(8)}, r"logits has shape \[8\], expected \[n, vocab\]"),
@@ -241,22 +222,6 @@ def test_bad_input_is_named(device: str, case: str) -> None:
 def test_a_token_beyond_the_vocabulary_is_an_error(bad: int, implementation: Callable[..., Any]) -> None:
     with pytest.raises(RuntimeError, match=f"minivllm::token_logprobs: token_ids holds {bad}, expected less than 8"):
         implementation(torch.ones(2, 8), torch.tensor([-1, bad]), 2)
-
-
-@pytest.mark.gpu
-def test_wrong_device_is_named() -> None:
-    with pytest.raises(RuntimeError, match="token_ids is on"):
-        ops.token_logprobs(torch.ones(2, 8, device="cuda"), torch.zeros(2).long(), 1)
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("num_top", (0, 20))
-def test_never_waits_for_the_device(num_top: int, seed: int) -> None:
-    logits = randn(5, 151_936, seed=seed, dtype=torch.float32, device="cuda")
-    token_ids = tokens(5, 151_936, seed, "cuda")
-    ops.token_logprobs(logits, token_ids, num_top)
-    with no_device_sync():
-        ops.token_logprobs(logits, token_ids, num_top)
 
 
 # ---- what only the CUDA kernels can get wrong ----

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from minivllm import ops
 from minivllm.ops.penalties import apply_penalties_reference, count_tokens_reference
-from tests.ops.support import DEVICES, FLOAT_DTYPES, assert_close_to_exact, generator, no_device_sync, opcheck, randn
+from tests.ops.support import DEVICES, FLOAT_DTYPES, assert_close_to_exact, generator, randn
 
 NAN, INF = float("nan"), float("inf")
 Sequence = tuple[list[int], list[int]]
@@ -196,36 +196,6 @@ def test_counting_step_by_step_gives_the_table(device: str, seed: int) -> None:
 # ---- the ops as PyTorch sees them ----
 
 
-@pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("dtype", FLOAT_DTYPES)
-def test_opcheck(device: str, dtype: torch.dtype, seed: int) -> None:
-    logits = randn(3, 90, seed=seed, dtype=dtype, device=device)
-    counts = counts_of(sequences(4, 90, seed), 90, device)
-    rows, of = torch.tensor([2, 0], device=device), torch.tensor([3, 1], device=device)
-    columns = penalty_columns(2, seed + 1, device)
-    opcheck(torch.ops.minivllm.apply_penalties.default, logits, rows, counts, of, *columns.values())
-    opcheck(torch.ops.minivllm.count_tokens.default, counts, of, torch.tensor([-1, 5], device=device))
-
-
-@pytest.mark.parametrize("device", DEVICES)
-def test_composes_with_torch_compile(device: str, seed: int) -> None:
-    rows = torch.tensor([2, 0], device=device)
-    columns = penalty_columns(2, seed + 1, device)
-
-    def step(hidden: Tensor, counts: Tensor) -> Tensor:
-        logits = hidden * 2
-        ops.apply_penalties(logits, rows, counts, rows, **columns)
-        ops.count_tokens(counts, rows, logits[rows].argmax(-1))
-        return logits
-
-    hidden = randn(3, 90, seed=seed, dtype=torch.float32, device=device)
-    counts = counts_of(sequences(3, 90, seed), 90, device)
-    eager, compiled = counts.clone(), counts.clone()
-    logits = step(hidden, eager)
-    torch.testing.assert_close(torch.compile(step, fullgraph=True)(hidden, compiled), logits)
-    assert torch.equal(eager, compiled) and not torch.equal(eager, counts)
-
-
 def good_arguments() -> dict[str, Any]:
     return {
         "logits": torch.ones(4, 8),
@@ -332,25 +302,6 @@ def test_counting_out_of_range_is_an_error_and_writes_nothing(
     with pytest.raises(RuntimeError, match=f"minivllm::count_tokens: {name} holds {bad}, expected {wanted}"):
         implementation(**arguments)
     assert (arguments["counts"] == 1).all()
-
-
-@pytest.mark.gpu
-def test_wrong_device_is_named() -> None:
-    arguments = moved(good_arguments(), "cuda")
-    with pytest.raises(RuntimeError, match="counts is on"):
-        ops.apply_penalties(**arguments | {"counts": arguments["counts"].cpu()})
-    with pytest.raises(RuntimeError, match="token_ids is on"):
-        ops.count_tokens(**moved(good_counting(), "cuda") | {"token_ids": torch.tensor([1, 2])})
-
-
-@pytest.mark.gpu
-def test_never_waits_for_the_device() -> None:
-    arguments, counting = moved(good_arguments(), "cuda"), moved(good_counting(), "cuda")
-    ops.apply_penalties(**arguments)
-    ops.count_tokens(**counting)
-    with no_device_sync():
-        ops.apply_penalties(**arguments)
-        ops.count_tokens(**counting)
 
 
 @pytest.mark.gpu

@@ -297,11 +297,3 @@ def test_a_producer_and_a_consumer_on_each_side(seed: int) -> None:
         got = ops.rms_norm(given["q"], weight, EPS)
         ops.rms_norm(got, weight, EPS)
         assert torch.equal(got, expected) and torch.equal(given["k_cache"], want_k)
-
-
-@pytest.mark.gpu
-def test_reference_needs_no_sync_on_cuda(seed: int) -> None:
-    given = arguments("cuda", torch.bfloat16, seed)
-    qk_norm_rope_store_reference(**given, eps=EPS)
-    with no_device_sync():
-        qk_norm_rope_store_reference(**given, eps=EPS)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from minivllm import ops
 from minivllm.ops.rope import apply_rope_reference
-from tests.ops.support import DEVICES, FLOAT_DTYPES, assert_close_to_exact, generator, no_device_sync, randn
+from tests.ops.support import DEVICES, FLOAT_DTYPES, assert_close_to_exact, generator, randn
 
 MAX_POSITION = 262_144
 
@@ -106,33 +106,6 @@ def test_a_token_does_not_depend_on_its_neighbours(device: str, seed: int) -> No
     assert torch.equal(alone, packed[77:78])
 
 
-@pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("dtype", FLOAT_DTYPES)
-@pytest.mark.parametrize("interleaved", (False, True))
-def test_opcheck(device: str, dtype: torch.dtype, interleaved: bool, seed: int) -> None:
-    q = randn(5, 4, 64, seed=seed, dtype=dtype, device=device)
-    k = randn(5, 2, 64, seed=seed + 1, dtype=dtype, device=device)
-    positions = torch.tensor([0, 7, 3, 3, 9], device=device)
-    table = ops.rope_cos_sin_cache(32, 10, device=device)
-    op = torch.ops.minivllm.apply_rope.default
-    torch.library.opcheck(op, (q, k, positions, table), {"interleaved": interleaved})
-
-
-@pytest.mark.parametrize("device", DEVICES)
-def test_composes_with_torch_compile(device: str, seed: int) -> None:
-    table = ops.rope_cos_sin_cache(64, 100, device=device)
-    positions = torch.tensor([4, 99, 0], device=device)
-
-    def block(packed: Tensor) -> Tensor:
-        packed = packed * 2
-        q, k = packed[:, :256].unflatten(-1, (4, 64)), packed[:, 256:384].unflatten(-1, (2, 64))
-        ops.apply_rope(q, k, positions, table)
-        return torch.cat((q.flatten(1), k.flatten(1)), dim=1) + 1
-
-    packed = randn(3, 512, seed=seed, dtype=torch.float32, device=device)
-    torch.testing.assert_close(torch.compile(block, fullgraph=True)(packed), block(packed))
-
-
 def good_arguments(device: str) -> dict[str, Any]:
     return {
         "q": torch.ones(3, 4, 8, device=device),
@@ -188,16 +161,6 @@ def test_a_position_outside_the_table_is_an_error_and_writes_nothing(
 def test_bad_tables_are_refused(rotary_dim: int, max_position: int, theta: float) -> None:
     with pytest.raises(RuntimeError, match="minivllm::rope_cos_sin_cache: "):
         ops.rope_cos_sin_cache(rotary_dim, max_position, theta)
-
-
-@pytest.mark.gpu
-def test_reference_needs_no_sync_on_cuda(seed: int) -> None:
-    table = ops.rope_cos_sin_cache(64, 100, device="cuda")
-    q, k, _ = packed_qkv(3, 4, 2, 64, seed, torch.bfloat16, "cuda")
-    positions = torch.tensor([4, 99, 0], device="cuda")
-    ops.apply_rope(q, k, positions, table)
-    with no_device_sync():
-        ops.apply_rope(q, k, positions, table)
 
 
 @pytest.mark.gpu

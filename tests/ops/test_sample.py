@@ -18,7 +18,7 @@ from tests.ops.sample_support import (
     parameters,
     plain_philox,
 )
-from tests.ops.support import DEVICES, FLOAT_DTYPES, generator, no_device_sync, opcheck, randn
+from tests.ops.support import DEVICES, FLOAT_DTYPES, generator, randn
 
 NAN, INF = float("nan"), float("inf")
 VOCABS = (1, 2, 3, 63, 64, 65, 1000, 4096, 20011)
@@ -322,25 +322,6 @@ def test_arguments_are_not_written(device: str, seed: int) -> None:
 # ---- the op as PyTorch sees it ----
 
 
-@pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("dtype", FLOAT_DTYPES)
-def test_opcheck(device: str, dtype: torch.dtype, seed: int) -> None:
-    p = {name: value.to(device) for name, value in mixed_parameters(5, 90, seed).items()}
-    logits = randn(5, 90, seed=seed, dtype=dtype, device=device)
-    opcheck(torch.ops.minivllm.sample.default, logits, *p.values())
-
-
-@pytest.mark.parametrize("device", DEVICES)
-def test_composes_with_torch_compile(device: str, seed: int) -> None:
-    p = {name: value.to(device) for name, value in mixed_parameters(5, 90, seed).items()}
-
-    def step(hidden: Tensor) -> Tensor:
-        return ops.sample(hidden * 2, **p) + 1
-
-    hidden = randn(5, 90, seed=seed, dtype=torch.float32, device=device)
-    assert torch.equal(torch.compile(step, fullgraph=True)(hidden), step(hidden))
-
-
 BAD: dict[str, tuple[dict[str, Tensor], str]] = {
     "logits dtype": ({"logits": torch.ones(4, 8, dtype=torch.float64)}, "logits has dtype"),
     "logits shape": ({"logits": torch.ones(8)}, r"logits has shape \[8\], expected \[num_rows, vocab\]"),
@@ -372,18 +353,3 @@ def test_bad_input_is_named(device: str, case: str) -> None:
         moved[name] = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=device).copy_(value)
     with pytest.raises(RuntimeError, match=rf"minivllm::sample: {message}"):
         ops.sample(**moved)
-
-
-@pytest.mark.gpu
-def test_wrong_device_is_named() -> None:
-    with pytest.raises(RuntimeError, match="temperature is on"):
-        ops.sample(torch.ones(2, 8, device="cuda"), **parameters(2))
-
-
-@pytest.mark.gpu
-def test_never_waits_for_the_device(seed: int) -> None:
-    logits = randn(5, 1000, seed=seed, dtype=torch.float32, device="cuda")
-    p = {name: value.cuda() for name, value in mixed_parameters(5, 1000, seed).items()}
-    ops.sample(logits, **p)
-    with no_device_sync():
-        ops.sample(logits, **p)

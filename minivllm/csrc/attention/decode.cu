@@ -94,7 +94,7 @@ class Decoder {
   static constexpr int D = C::kHeadDim, NT = C::kColumnTiles;
   static constexpr int kQuads = D / 4;  // of a column; a thread merges kGroups of all columns' quads
   static constexpr int kGroups = kQuads * C::kColumns / kDecodeThreads;
-  static constexpr int kAtOnce = D > 128 ? 4 : 12;  // states that are loaded before the first is merged
+  static constexpr int kAtOnce = D > 128 ? 4 : 8;  // states that are loaded before the first is merged
 
  public:
   __device__ Decoder(const Problem& call, char* shared)
