@@ -11,7 +11,7 @@ from torch import Tensor
 
 from minivllm import ops
 from tests.ops.attention_support import Packed, Paged
-from tests.ops.support import assert_close_to_exact, no_device_sync
+from tests.ops.support import assert_close_to_exact, no_device_sync, randn
 
 pytestmark = pytest.mark.gpu
 
@@ -36,7 +36,11 @@ def random(
 ) -> tuple[Packed, Paged]:
     dtype = options.pop("dtype", torch.bfloat16)
     block_size = options.pop("block_size", 16)
-    packed = Packed.random(queries or [1] * len(lengths), lengths, heads, seed, dtype, "cuda", **options)
+    queries = queries or [1] * len(lengths)
+    num_heads, num_kv_heads, head_dim = heads
+    q = randn(sum(queries), num_heads, head_dim, seed=seed, dtype=dtype, device="cuda")
+    k, v = randn(sum(lengths), 2 * num_kv_heads, head_dim, seed=seed + 2, dtype=dtype, device="cuda").chunk(2, dim=1)
+    packed = Packed(q, k, v, queries, lengths, head_dim**-0.5, options)
     return packed, Paged.from_packed(packed, block_size, seed + 1)
 
 
