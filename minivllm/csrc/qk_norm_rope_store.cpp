@@ -33,15 +33,6 @@ Check check_arguments(const Arguments& a) {
   return check;
 }
 
-void check_slots(const Check& check, const Tensor& slots) {
-  const auto* slot = static_cast<const int64_t*>(slots.data_ptr());
-  const int64_t num_tokens = check["num_tokens"], num_slots = check["num_blocks"] * check["block_size"];
-  for (int64_t t = 0; t < num_tokens; ++t)
-    if (slot[t] >= num_slots)
-      check.fail("slot_mapping holds " + std::to_string(slot[t]) + ", expected less than " + std::to_string(num_slots) +
-                 " (num_blocks * block_size)");
-}
-
 template <typename T>
 T* row(const Tensor& x, int64_t token, int64_t head) {
   return static_cast<T*>(x.data_ptr()) + token * x.stride(0) + head * x.stride(1);

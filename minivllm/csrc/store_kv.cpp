@@ -41,15 +41,6 @@ Check check_store(const Tensor& k, const Tensor& v, const Tensor& k_cache, const
   return check;
 }
 
-void check_slots(const Check& check, const Tensor& slots) {
-  const auto* slot = static_cast<const int64_t*>(slots.data_ptr());
-  const int64_t num_tokens = check["num_tokens"], num_slots = check["num_blocks"] * check["block_size"];
-  for (int64_t t = 0; t < num_tokens; ++t)
-    if (slot[t] >= num_slots)
-      check.fail("slot_mapping holds " + std::to_string(slot[t]) + ", expected less than " + std::to_string(num_slots) +
-                 " (num_blocks * block_size)");
-}
-
 void store_kv_cpu(const Tensor& k, const Tensor& v, Tensor k_cache, Tensor v_cache, const Tensor& slot_mapping) {
   check_slots(check_store(k, v, k_cache, v_cache, slot_mapping), slot_mapping);
   const auto* slots = static_cast<const int64_t*>(slot_mapping.data_ptr());

@@ -47,28 +47,6 @@ def _check_paged(
     return check
 
 
-def _plan_fake(
-    seq_lens: Tensor,
-    cu_seqlens_q: Tensor,
-    max_seqlen_q: int,
-    *,
-    max_seqlen_k: int,
-    num_heads: int,
-    num_kv_heads: int,
-    head_dim: int,
-    window: int = 0,
-) -> Tensor:
-    check = Check("plan_paged_attention", seq_lens.device)
-    check.tensor("seq_lens", seq_lens, "num_seqs", (torch.int32,))
-    check.tensor("cu_seqlens_q", cu_seqlens_q, "num_seqs+1", (torch.int32,))
-    check.sizes.update(num_heads=num_heads, num_kv_heads=num_kv_heads, head_dim=head_dim)
-    check_heads(check)
-    check_scores(check, window, 0.0)
-    if seq_lens.device.type != "cuda":
-        return seq_lens.new_empty(0)
-    return seq_lens.new_empty(torch.library.get_ctx().new_dynamic_size())
-
-
 def plan_paged_attention_reference(
     seq_lens: Tensor,
     cu_seqlens_q: Tensor,
@@ -80,8 +58,25 @@ def plan_paged_attention_reference(
     head_dim: int,
     window: int = 0,
 ) -> Tensor:
-    """Only the CUDA kernels follow a plan."""
+    """Checks alone, and an empty plan: only the CUDA kernels follow one."""
+    check = Check("plan_paged_attention", seq_lens.device)
+    check.tensor("seq_lens", seq_lens, "num_seqs", (torch.int32,))
+    check.tensor("cu_seqlens_q", cu_seqlens_q, "num_seqs+1", (torch.int32,))
+    num_seqs = seq_lens.shape[0]
+    if cu_seqlens_q.shape[0] != num_seqs + 1:
+        check.fail(f"cu_seqlens_q has {cu_seqlens_q.shape[0]} numbers, expected num_seqs + 1 = {num_seqs + 1}")
+    if max_seqlen_k < 0:
+        check.fail(f"max_seqlen_k is {max_seqlen_k}, expected 0 or more")
+    check.sizes.update(num_heads=num_heads, num_kv_heads=num_kv_heads, head_dim=head_dim)
+    check_heads(check)
+    check_scores(check, window, 0.0)
     return seq_lens.new_empty(0)
+
+
+def _plan_fake(seq_lens: Tensor, cu_seqlens_q: Tensor, max_seqlen_q: int, **shapes: int) -> Tensor:
+    plan = plan_paged_attention_reference(seq_lens, cu_seqlens_q, max_seqlen_q, **shapes)
+    # How long it is on CUDA depends on the GPU.
+    return seq_lens.new_empty(torch.library.get_ctx().new_dynamic_size()) if seq_lens.device.type == "cuda" else plan
 
 
 _plan_paged_attention = define(

@@ -10,11 +10,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from minivllm.ops._check import FLOATS, INTS, Check
+from minivllm.ops._check import FLOATS, Check
 from minivllm.ops._register import define
 from minivllm.ops.rms_norm import rms_norm_reference
-from minivllm.ops.rope import apply_rope_reference
-from minivllm.ops.store_kv import check_cache, store_kv_reference
+from minivllm.ops.rope import apply_rope_reference, check_positions, check_table
+from minivllm.ops.store_kv import check_cache, check_slots, store_kv_reference
 
 
 def _check(
@@ -36,30 +36,11 @@ def _check(
     for name, weight in (("q_weight", q_weight), ("k_weight", k_weight)):
         if weight is not None:
             check.tensor(name, weight, "head_dim", (q.dtype,))
-    check.tensor("positions", positions, "num_tokens", INTS)
-    check.tensor("cos_sin_cache", cos_sin_cache, "max_position rotary_dim", (torch.float32,))
-    rotary_dim, head_dim = cos_sin_cache.shape[1], q.shape[2]
-    if rotary_dim % 2 or rotary_dim > head_dim:
-        check.fail(f"cos_sin_cache has rotary_dim={rotary_dim}, expected an even number up to head_dim={head_dim}")
+    check_table(check, positions, cos_sin_cache)
     check_cache(check, "k_cache", k_cache, q.dtype)
     check_cache(check, "v_cache", v_cache, q.dtype)
     check.tensor("slot_mapping", slot_mapping, "num_tokens", (torch.int64,))
     return check
-
-
-def _check_values(check: Check, positions: Tensor, slot_mapping: Tensor) -> None:
-    """On the CPU alone: to look at values that lie on a GPU would stall it."""
-    if positions.device.type != "cpu" or not positions.numel():
-        return
-    low, high = (int(value) for value in positions.aminmax())
-    if low < 0 or high >= check.sizes["max_position"]:
-        bad, last = low if low < 0 else high, check.sizes["max_position"] - 1
-        check.fail(f"positions holds {bad}, expected 0 to {last} (the rows of cos_sin_cache)")
-    num_slots = check.sizes["num_blocks"] * check.sizes["block_size"]
-    if int(slot_mapping.max()) >= num_slots:
-        check.fail(
-            f"slot_mapping holds {int(slot_mapping.max())}, expected less than {num_slots} (num_blocks * block_size)"
-        )
 
 
 def qk_norm_rope_store_reference(
@@ -79,7 +60,8 @@ def qk_norm_rope_store_reference(
 ) -> None:
     """The op's meaning in plain PyTorch. Without host syncs on CUDA."""
     check = _check(q, k, v, q_weight, k_weight, positions, cos_sin_cache, k_cache, v_cache, slot_mapping)
-    _check_values(check, positions, slot_mapping)
+    check_positions(check, positions)
+    check_slots(check, slot_mapping)
     if q_weight is not None:
         q.copy_(rms_norm_reference(q, q_weight, eps))
     keys = k.clone() if k_weight is None else rms_norm_reference(k, k_weight, eps)

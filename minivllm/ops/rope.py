@@ -50,26 +50,32 @@ def rope_cos_sin_cache(
     return table
 
 
-def _check_rope(q: Tensor, k: Tensor, positions: Tensor, cos_sin_cache: Tensor) -> None:
-    check = Check("apply_rope", q.device)
-    check.tensor("q", q, "num_tokens num_heads head_dim", FLOATS)
-    check.tensor("k", k, "num_tokens num_kv_heads head_dim", (q.dtype,))
+def check_table(check: Check, positions: Tensor, cos_sin_cache: Tensor) -> None:
+    """Binds max_position and rotary_dim; num_tokens and head_dim are bound before."""
     check.tensor("positions", positions, "num_tokens", INTS)
     check.tensor("cos_sin_cache", cos_sin_cache, "max_position rotary_dim", (torch.float32,))
-    rotary_dim, head_dim = cos_sin_cache.shape[1], q.shape[2]
+    rotary_dim, head_dim = check.sizes["rotary_dim"], check.sizes["head_dim"]
     if rotary_dim % 2 or rotary_dim > head_dim:
         check.fail(f"cos_sin_cache has rotary_dim={rotary_dim}, expected an even number up to head_dim={head_dim}")
 
 
-def _check_positions(positions: Tensor, max_position: int) -> None:
+def check_positions(check: Check, positions: Tensor) -> None:
+    """Every position has its row in the table. On the CPU alone: to look at a GPU's values would stall it."""
     if positions.device.type != "cpu" or not positions.numel():
         return
+    last = check.sizes["max_position"] - 1
     low, high = (int(value) for value in positions.aminmax())
-    if low < 0 or high >= max_position:
+    if low < 0 or high > last:
         bad = low if low < 0 else high
-        raise RuntimeError(
-            f"minivllm::apply_rope: positions holds {bad}, expected 0 to {max_position - 1} (the rows of cos_sin_cache)"
-        )
+        check.fail(f"positions holds {bad}, expected 0 to {last} (the rows of cos_sin_cache)")
+
+
+def _check_rope(q: Tensor, k: Tensor, positions: Tensor, cos_sin_cache: Tensor) -> Check:
+    check = Check("apply_rope", q.device)
+    check.tensor("q", q, "num_tokens num_heads head_dim", FLOATS)
+    check.tensor("k", k, "num_tokens num_kv_heads head_dim", (q.dtype,))
+    check_table(check, positions, cos_sin_cache)
+    return check
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> None:
@@ -85,8 +91,7 @@ def apply_rope_reference(
     q: Tensor, k: Tensor, positions: Tensor, cos_sin_cache: Tensor, *, interleaved: bool = False
 ) -> None:
     """The op's meaning in plain PyTorch. Without host syncs on CUDA."""
-    _check_rope(q, k, positions, cos_sin_cache)
-    _check_positions(positions, cos_sin_cache.shape[0])
+    check_positions(_check_rope(q, k, positions, cos_sin_cache), positions)
     rotary_dim = cos_sin_cache.shape[1]
     cos, sin = cos_sin_cache[positions].unsqueeze(1).chunk(2, dim=-1)
     for x in (q, k):

@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from minivllm.ops._check import FLOATS, Check
+from minivllm.ops._check import FLOATS, Check, check_ids
 from minivllm.ops._register import define
 
 BLOCK_SIZES = (8, 16, 32, 64, 128, 256)
@@ -31,21 +31,19 @@ def check_cache(check: Check, name: str, cache: Tensor, dtype: torch.dtype, bloc
         )
 
 
-def _check_store(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mapping: Tensor) -> None:
+def _check_store(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mapping: Tensor) -> Check:
     check = Check("store_kv", k.device)
     check.tensor("k", k, "num_tokens num_kv_heads head_dim", FLOATS)
     check.tensor("v", v, "num_tokens num_kv_heads head_dim", (k.dtype,))
     check_cache(check, "k_cache", k_cache, k.dtype)
     check_cache(check, "v_cache", v_cache, k.dtype)
     check.tensor("slot_mapping", slot_mapping, "num_tokens", (torch.int64,))
+    return check
 
 
-def _check_slots(slot_mapping: Tensor, num_slots: int) -> None:
-    if slot_mapping.device.type == "cpu" and int(slot_mapping.max()) >= num_slots:
-        raise RuntimeError(
-            f"minivllm::store_kv: slot_mapping holds {int(slot_mapping.max())}, expected less than {num_slots} "
-            "(num_blocks * block_size)"
-        )
+def check_slots(check: Check, slot_mapping: Tensor) -> None:
+    """slot_mapping: [num_tokens] int64 has no slot beyond the cache; negative ones skip their token."""
+    check_ids(check, "slot_mapping", slot_mapping, check.sizes["num_blocks"] * check.sizes["block_size"], lowest=None)
 
 
 def store_kv_reference(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mapping: Tensor) -> None:
@@ -54,11 +52,8 @@ def store_kv_reference(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, s
     Without host syncs on CUDA: a skipped token repeats the write of the first token that is not skipped, and where
     all are skipped, what lies in slot 0 is written back.
     """
-    _check_store(k, v, k_cache, v_cache, slot_mapping)
-    if not slot_mapping.numel():
-        return
-    _check_slots(slot_mapping, k_cache.shape[0] * k_cache.shape[2])
-    if not k_cache.numel():
+    check_slots(_check_store(k, v, k_cache, v_cache, slot_mapping), slot_mapping)
+    if not slot_mapping.numel() or not k_cache.numel():
         return
     kept = slot_mapping >= 0
     tokens = torch.arange(len(kept), device=kept.device)

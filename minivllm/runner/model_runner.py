@@ -175,7 +175,7 @@ class ModelRunner:
             max_seqlen_q=length,
             sample_indices=torch.tensor([length - 1], device=device),
         )
-        return fwd, kv
+        return self._planned(fwd), kv
 
     def _fitting_blocks(self, config: EngineConfig) -> int:
         bytes_per_block = block_bytes(self.model_config, config.block_size, self.dtype)

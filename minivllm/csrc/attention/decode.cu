@@ -566,7 +566,7 @@ const char* launch(const DecodeCall& call, cudaStream_t stream) {
   const int columns = call.shape.columns_per_group(), stages = grid_of<C>(columns).stages;
   const int bytes = C::shared_bytes(columns, stages);
   const cudaError_t error = cudaFuncSetAttribute(decode_kernel<C>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
-  if (error != cudaSuccess) return cudaGetErrorString(error);
+  if (error != cudaSuccess) return error_text(error);
   decode_kernel<C><<<call.shape.num_ctas, kDecodeThreads, bytes, stream>>>(Problem(call, stages));
   return launch_error();
 }

@@ -22,18 +22,16 @@ namespace minivllm::attention {
 
 constexpr int kDecodeWarps = 4;
 constexpr int kDecodeThreads = 32 * kDecodeWarps;
-constexpr int kDecodeKeys = 16;        // keys of one warp's step: the rows of an m16n8k16 tile
-constexpr int kDecodeColumns = 16;   // rows of up to so many columns are decoded; a single query always is
-constexpr int kMaxChunks = 64;       // of one row: what the last thread block merges in about two microseconds
+constexpr int kDecodeKeys = 16;     // keys of one warp's step: the rows of an m16n8k16 tile
+constexpr int kDecodeColumns = 16;  // rows of up to so many columns are decoded; a single query always is
+constexpr int kMaxChunks = 64;      // of one row: what the last thread block merges in about two microseconds
+constexpr int kSmallestChunk = 256;  // keys
 constexpr int kUnit = kDecodeWarps * kDecodeKeys;  // chunks are multiples of it; work is counted in it
 
 // Keys of a chunk, from the keys of the row. Small enough that one row of 8,192 tokens fills 132 multiprocessors twice, large
 // enough that merging (a barrier each) is lost in the noise and the states of a long row stay few.
 MINIVLLM_BOTH int chunk_keys(int keys) {
-#ifdef SHORT
-  if (keys <= 1024) return SHORT;
-#endif
-  if (keys <= 8192) return 256;
+  if (keys <= 8192) return kSmallestChunk;
   if (keys <= 512 * kMaxChunks) return 512;
   return ((keys + kMaxChunks - 1) / kMaxChunks + kUnit - 1) / kUnit * kUnit;
 }
@@ -58,7 +56,7 @@ struct DecodeShape {
   int columns_per_group() const { return columns() < tile_columns() ? columns() : tile_columns(); }
   int heads() const { return num_kv_heads * column_groups(); }  // places in the line of a row
   int most_chunks() const {
-    const int n = (max_keys + 127) / 128;
+    const int n = (max_keys + kSmallestChunk - 1) / kSmallestChunk;
     return n < 1 ? 1 : (n > kMaxChunks ? kMaxChunks : n);
   }
   int32_t signature() const {

@@ -25,4 +25,9 @@ inline int64_t block_bytes(const Tensor& cache) {
 
 inline int64_t block_stride_bytes(const Tensor& cache) { return cache.stride(0) * static_cast<int64_t>(cache.element_size()); }
 
+// slots: [num_tokens] int64, on the CPU; negative ones skip their token.
+inline void check_slots(const Check& check, const Tensor& slots) {
+  check_ids(check, "slot_mapping", slots, check["num_blocks"] * check["block_size"], INT64_MIN);
+}
+
 }  // namespace minivllm

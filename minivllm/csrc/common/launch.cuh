@@ -8,6 +8,8 @@
 
 #include <cstddef>
 
+#include "common/vec.cuh"
+
 namespace minivllm {
 
 __device__ __forceinline__ void wait_for_predecessors() {
@@ -22,8 +24,6 @@ __device__ __forceinline__ void let_dependents_launch() {
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
 #endif
 }
-
-inline const char* error_text(cudaError_t error) { return error == cudaSuccess ? nullptr : cudaGetErrorString(error); }
 
 // Null or the text of the error.
 template <typename... Parameters, typename... Arguments>

@@ -1,4 +1,4 @@
-// Device helpers shared by the row kernels: 16-byte vectors of a storage dtype, conversion to float32, sums over a row's threads.
+// Device helpers shared by the row kernels: 16-byte vectors of a storage dtype, conversion to float32, sums over a warp; error texts.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -35,18 +35,6 @@ __device__ __forceinline__ float warp_sum(float v) {
   return v;
 }
 
-// Sum over the blockDim.x threads of one row; blockDim.x is a multiple of 32, blockDim.y rows share the block. The order of the sum
-// depends on blockDim.x alone, so a row's result does not depend on its neighbours. `partial`: 32 floats a row in shared memory.
-__device__ __forceinline__ float row_sum(float v, float* partial) {
-  v = warp_sum(v);
-  const int warps = blockDim.x / 32;
-  if (warps == 1) return v;
-  float* mine = partial + threadIdx.y * 32;
-  if (threadIdx.x % 32 == 0) mine[threadIdx.x / 32] = v;
-  __syncthreads();
-  return warp_sum(static_cast<int>(threadIdx.x % 32) < warps ? mine[threadIdx.x % 32] : 0.0f);
-}
-
 // Calls f with a null pointer whose type is the storage dtype.
 template <typename F>
 const char* dispatch_dtype(DtypeCode dtype, const F& f) {
@@ -58,9 +46,9 @@ const char* dispatch_dtype(DtypeCode dtype, const F& f) {
   return "unknown dtype code";
 }
 
-inline const char* launch_error() {
-  const cudaError_t error = cudaGetLastError();
-  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
-}
+// Null for success: what launchers return.
+inline const char* error_text(cudaError_t error) { return error == cudaSuccess ? nullptr : cudaGetErrorString(error); }
+
+inline const char* launch_error() { return error_text(cudaGetLastError()); }
 
 }  // namespace minivllm
