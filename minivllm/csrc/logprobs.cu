@@ -27,7 +27,7 @@ struct RowSum {
 
 struct Plan {
   LogprobsArguments a;
-  RowLayout layout;
+  VocabLayout layout;
   int splits;
   RowSum* sums;     // [n]
   Part* parts;      // [n, num_tiles, warps]
@@ -59,7 +59,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor) read_kerne
   __shared__ int larger_of_warp[kThreads / 32];
   const int64_t r = blockIdx.x / plan.splits;
   const int split = blockIdx.x % plan.splits, warp = threadIdx.x / 32, warps = blockDim.x / 32;
-  const RowLayout& layout = plan.layout;
+  const VocabLayout& layout = plan.layout;
   const T* row = row_of<T>(plan, r);
   const int64_t token = plan.a.token_ids[r];
   const float chosen = token >= 0 ? widen(row[token]) : INFINITY;
@@ -238,7 +238,7 @@ __global__ void nothing_kernel(float* logprobs, int64_t* ranks, int64_t n) {
   if (r < n) logprobs[r] = NAN, ranks[r] = 0;
 }
 
-int row_splits(int64_t n, const RowLayout& layout) {
+int row_splits(int64_t n, const VocabLayout& layout) {
   int device = 0, multiprocessors = 1;
   cudaGetDevice(&device);
   cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
@@ -263,7 +263,7 @@ int64_t place_arrays(Plan& plan, void* workspace) {
 }
 
 Plan make_plan(const LogprobsArguments& a) {
-  Plan plan{a, row_layout(a.vocab, kThreads), 1, nullptr, nullptr, nullptr, nullptr};
+  Plan plan{a, vocab_layout(a.vocab, kThreads), 1, nullptr, nullptr, nullptr, nullptr};
   plan.splits = row_splits(a.n, plan.layout);
   return plan;
 }

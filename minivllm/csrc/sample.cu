@@ -36,7 +36,7 @@ __device__ __forceinline__ float block_max_or_nan(float v, float* partial) {
 template <typename T, bool kAligned>
 __device__ Candidate draw(const SamplePlan& plan, const T* row, int64_t r, float temperature, Range tiles, float* partial,
                           float* bound, float& seen) {
-  const RowLayout& layout = plan.layout;
+  const VocabLayout& layout = plan.layout;
   Search<T> search(row, layout.vocab, static_cast<uint64_t>(plan.a.seeds[r]), temperature, bound);
   if (threadIdx.x == 0) *bound = -INFINITY;
   for (int tile = tiles.begin; tile < tiles.end; ++tile) {
@@ -57,7 +57,7 @@ __device__ Candidate draw(const SamplePlan& plan, const T* row, int64_t r, float
 template <typename T, bool kAligned>
 __device__ Candidate take_largest(const SamplePlan& plan, const T* row, Range tiles, float& seen) {
   constexpr int N = kVectorTokens<T>;
-  const RowLayout& layout = plan.layout;
+  const VocabLayout& layout = plan.layout;
   float best = -INFINITY;
   int best_vector = -1;
   for (int tile = tiles.begin; tile < tiles.end; ++tile) {
@@ -78,7 +78,7 @@ __device__ Candidate take_largest(const SamplePlan& plan, const T* row, Range ti
 
 template <typename T, bool kAligned>
 __device__ void write_maxima(const SamplePlan& plan, const T* row, int64_t r, Range tiles) {
-  const RowLayout& layout = plan.layout;
+  const VocabLayout& layout = plan.layout;
   float* maxima = plan.maxima + r * layout.num_chunks();
   for (int tile = tiles.begin; tile < tiles.end; ++tile) {
     Logits<T> v[kVectors<T>];
@@ -137,7 +137,7 @@ const char* launch(const SamplePlan& plan, cudaStream_t stream) {
   return error != nullptr ? error : launch_finish(plan, stream);
 }
 
-int row_splits(int64_t num_rows, const RowLayout& layout) {
+int row_splits(int64_t num_rows, const VocabLayout& layout) {
   const int64_t room = int64_t{kBlocksPerMultiprocessor} * multiprocessors();
   const int64_t wanted = num_rows > 0 && num_rows < room ? room / num_rows : 1;
   return static_cast<int>(wanted < layout.num_tiles ? wanted : (layout.num_tiles > 0 ? layout.num_tiles : 1));
@@ -146,7 +146,7 @@ int row_splits(int64_t num_rows, const RowLayout& layout) {
 }  // namespace
 
 int64_t sample_workspace_bytes(int64_t num_rows, int64_t vocab) {
-  const RowLayout layout = row_layout(vocab, kThreads);
+  const VocabLayout layout = vocab_layout(vocab, kThreads);
   return num_rows * row_splits(num_rows, layout) * static_cast<int64_t>(sizeof(Candidate)) +
          aligned_bytes(num_rows * layout.num_chunks() * static_cast<int64_t>(sizeof(float)));
 }
@@ -159,7 +159,7 @@ const char* launch_sample(const SampleArguments& a, void* stream) {
     const cudaError_t error = cudaMemsetAsync(a.out, 0xff, a.num_rows * sizeof(int64_t), s);
     return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
   }
-  SamplePlan plan{a, row_layout(a.vocab, kThreads), 1, static_cast<Candidate*>(a.workspace), nullptr};
+  SamplePlan plan{a, vocab_layout(a.vocab, kThreads), 1, static_cast<Candidate*>(a.workspace), nullptr};
   plan.splits = row_splits(a.num_rows, plan.layout);
   plan.maxima = reinterpret_cast<float*>(plan.candidates + a.num_rows * plan.splits);
   return dispatch_dtype(a.dtype, [&](auto* tag) { return launch<std::remove_pointer_t<decltype(tag)>>(plan, s); });

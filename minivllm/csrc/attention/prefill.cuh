@@ -54,7 +54,7 @@ __device__ __forceinline__ void copy_chunk_slowly(char* target, const T* source,
 
 // One block's work. What is seldom needed lies in shared memory, because outputs and scores take most of the registers.
 template <typename T, typename C, bool kPaged>
-struct Worker {
+struct PrefillWorker {
   using S = Swizzle<C::kHeadDim>;
   static constexpr int kKeyTiles = C::kKeys / 8, kWidthTiles = C::kHeadDim / 8;  // n8 tiles of scores and outputs
   // Copies: kLanes threads take a row, each every kLanes-th chunk; the twist of a thread's rows is the same for all of them.
@@ -72,8 +72,8 @@ struct Worker {
   float out[C::kRowTiles][kWidthTiles][4];
   float top[C::kRowTiles][2], sum[C::kRowTiles][2];  // of row g and g + 8: largest score; this thread's part of the sum
 
-  __device__ __forceinline__ Worker(const Prefill& p, const Group& group, const RowTile& tile, const KeyTiles& tiles, bool wide,
-                                    char* shared)
+  __device__ __forceinline__ PrefillWorker(const Prefill& p, const Group& group, const RowTile& tile, const KeyTiles& tiles,
+                                           bool wide, char* shared)
       : p(p), group(group), tile(tile), tiles(tiles), wide(wide), shared(shared), queries(shared_address(shared)),
         keys(queries + C::kQueryBytes), values(keys + C::kStages * C::kTileBytes), pages(values + C::kStages * C::kTileBytes),
         my_row(threadIdx.x / kLanes), my_chunk(threadIdx.x % kLanes) {}
@@ -374,7 +374,7 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocks)
   if (!find_tile<kPaged>(p, group.size, C::kRows, found)) return;
   const KeyTiles seen(p, group, found, C::kKeys);
   if (threadIdx.x == 0) tile = found, tiles = seen;
-  Worker<T, C, kPaged> worker(p, group, tile, tiles, wide, shared_memory);
+  PrefillWorker<T, C, kPaged> worker(p, group, tile, tiles, wide, shared_memory);
   worker.run(found, seen.first <= seen.last ? seen.last : -1);
 }
 

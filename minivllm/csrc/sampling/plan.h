@@ -16,7 +16,7 @@ constexpr int kInvalidRow = -2;
 
 struct SamplePlan {
   SampleArguments a;
-  RowLayout layout;
+  VocabLayout layout;
   int splits;             // blocks a row in the first kernel
   Candidate* candidates;  // [num_rows, splits], written where splits > 1 and the row has no filter
   float* maxima;          // [num_rows, num_chunks], written for rows with a filter

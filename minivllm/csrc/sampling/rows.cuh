@@ -11,7 +11,6 @@ namespace minivllm {
 
 constexpr int kTokensPerThread = 16;
 constexpr int kThreadsPerChunk = 4;
-constexpr int kChunkTokens = kTokensPerThread * kThreadsPerChunk;
 constexpr float kLargestFloat = 3.402823466e38f;
 
 template <typename T>
@@ -21,13 +20,13 @@ constexpr int kVectors = kTokensPerThread / kVectorTokens<T>;  // of a thread in
 template <typename T>
 using Logits = Vec<T, kVectorTokens<T>>;
 
-struct RowLayout {
+struct VocabLayout {
   int vocab, threads, log2_threads, num_tiles;
 
   __host__ __device__ int num_chunks() const { return num_tiles * (threads / kThreadsPerChunk); }
 };
 
-inline RowLayout row_layout(int64_t vocab, int max_threads) {
+inline VocabLayout vocab_layout(int64_t vocab, int max_threads) {
   int log2_threads = 5;
   while ((2 << log2_threads) <= max_threads && (int64_t{kTokensPerThread} << log2_threads) < vocab) ++log2_threads;
   const int64_t tile = int64_t{kTokensPerThread} << log2_threads;
@@ -76,12 +75,12 @@ __device__ __forceinline__ Logits<T> load_vector(const T* row, int v, int vocab)
 }
 
 template <typename T>
-__device__ __forceinline__ int vector_of(const RowLayout& layout, int tile, int u, int thread) {
+__device__ __forceinline__ int vector_of(const VocabLayout& layout, int tile, int u, int thread) {
   return ((tile * kVectors<T> + u) << layout.log2_threads) + thread;
 }
 
 template <typename T>
-__device__ __forceinline__ int chunk_of(const RowLayout& layout, int v) {
+__device__ __forceinline__ int chunk_of(const VocabLayout& layout, int v) {
   const int tile = v / kVectors<T> >> layout.log2_threads;
   return ((tile << layout.log2_threads) + (v & (layout.threads - 1))) / kThreadsPerChunk;
 }
@@ -90,7 +89,7 @@ __device__ __forceinline__ int chunk_of(const RowLayout& layout, int v) {
 template <typename T>
 constexpr int kChunkVectors = kVectors<T> * kThreadsPerChunk;
 template <typename T>
-__device__ __forceinline__ int vector_of_chunk(const RowLayout& layout, int c, int i) {
+__device__ __forceinline__ int vector_of_chunk(const VocabLayout& layout, int c, int i) {
   const int thread = c * kThreadsPerChunk;  // counted through the tiles
   return vector_of<T>(layout, thread >> layout.log2_threads, i / kThreadsPerChunk,
                       (thread & (layout.threads - 1)) + i % kThreadsPerChunk);
@@ -98,7 +97,7 @@ __device__ __forceinline__ int vector_of_chunk(const RowLayout& layout, int c, i
 
 // This thread's vectors of a tile; whole tiles need no look at the row's end.
 template <typename T, bool kAligned>
-__device__ __forceinline__ void load_tile(const T* row, const RowLayout& layout, int tile, Logits<T> (&v)[kVectors<T>]) {
+__device__ __forceinline__ void load_tile(const T* row, const VocabLayout& layout, int tile, Logits<T> (&v)[kVectors<T>]) {
   if (kAligned && (tile + 1) * kTokensPerThread << layout.log2_threads <= layout.vocab) {
     const auto* first = reinterpret_cast<const Logits<T>*>(row) + vector_of<T>(layout, tile, 0, threadIdx.x);
 #pragma unroll

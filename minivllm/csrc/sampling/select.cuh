@@ -215,7 +215,7 @@ template <typename T, bool kAligned>
 struct SelectRow {
   const T* logits;
   const float* maxima;
-  RowLayout layout;
+  VocabLayout layout;
   float largest, temperature;
 
   __device__ uint32_t key(float logit) const { return distance_key(__fdiv_rn(logit - largest, temperature)); }
