@@ -23,7 +23,7 @@ SHARED = re.compile(r"(\d+) bytes smem")
 # Bytes of stack that a kernel may spill to, and why that is cheaper than the cure.
 TOLERATED = {
     r"finish_kernel": 48,  # sampling: a few words outside its loops; with more registers only one block fits an SM
-    r"decode_kernel.*256": 32,  # sums of 256 elements and the queries of 8 columns; elsewhere nothing spills
+    r"decode_kernel.*256": 48,  # sums of 256 elements and the next row; 24 bytes on sm_90a; elsewhere nothing spills
 }
 
 

@@ -6,7 +6,10 @@
 // Floor: bytes of the keys and values read / bandwidth.
 #include <cuda_runtime.h>
 
+#include <algorithm>
+
 #include "attention/decode.h"
+#include "common/launch.cuh"
 #include "common/mma.cuh"
 #include "common/vec.cuh"
 
@@ -39,13 +42,17 @@ struct Config {
   }
 };
 
-// A run of chunks of one row and head. slot < 0: all of them.
+// A run of chunks of one row, for the head of this thread block. slot < 0: all of them; else the row is cut, and of the `whole` chunks
+// before its first cut there is but one state.
 struct Item {
   PlanRow row;
-  int row_index, head, first_chunk, end_chunk, slot;
+  int index, first_chunk, end_chunk, slot, whole;
 
   __device__ __forceinline__ int begin() const { return row.begin + first_chunk * row.chunk_size; }
   __device__ __forceinline__ int end() const { return min(row.begin + end_chunk * row.chunk_size, row.keys); }
+  // The chunks of one state; no cut lies among them.
+  __device__ __forceinline__ bool is_whole() const { return slot < 0 || end_chunk <= whole; }
+  __device__ __forceinline__ bool is_end() const { return slot >= 0 && first_chunk > 0 && end_chunk == row.num_chunks; }
 };
 
 // The keys of one item as one warp walks them: tiles at pos, pos + 64, ... of the head that begins at `head` in every block.
@@ -57,14 +64,13 @@ struct Walk {
 
 // A call with the numbers derived from its shape.
 struct Problem : DecodeCall {
-  int heads, column_groups, columns, stages, most_chunks;
+  int team, column_groups, columns, stages, most_chunks;
   int64_t arrivals, pieces, rows, stats, partials;
   int32_t signature;
 
   Problem(const DecodeCall& call, int stages_)
-      : DecodeCall(call), heads(shape.heads()), column_groups(shape.column_groups()), columns(shape.columns_per_group()),
-        stages(stages_),
-        most_chunks(shape.most_chunks()), arrivals(shape.arrivals()), pieces(shape.pieces()), rows(shape.rows()),
+      : DecodeCall(call), team(shape.team()), column_groups(shape.column_groups()), columns(shape.columns_per_group()),
+        stages(stages_), most_chunks(shape.most_chunks()), arrivals(shape.arrivals()), pieces(shape.pieces()), rows(shape.rows()),
         stats(shape.stats()), partials(shape.partials()), signature(shape.signature()) {}
 };
 
@@ -80,13 +86,40 @@ __device__ __forceinline__ float4 scaled_sum(float4 a, float x, float4 b, float 
           __fmaf_rn(a.w, x, __fmul_rn(b.w, y))};
 }
 
-// Four elements of the output, sums of p v, with the state of their column. Used for merging chunks in registers and from memory
-// alike, so that both give the same bits.
-__device__ __forceinline__ void merge(State& into, float4& o, State other, float4 other_o) {
-  const float top = fmaxf(into.m, other.m), old_part = part(into.m, top), new_part = part(other.m, top);
-  o = scaled_sum(o, old_part, other_o, new_part);
-  into = {__fmaf_rn(into.l, old_part, __fmul_rn(other.l, new_part)), top};
+// Merges states into one in order, each with four elements of the output: sums of p v. In registers and from memory it is done alike,
+// so that both give the same bits. The factors do not wait for the sums.
+template <int N>
+__device__ __forceinline__ void merge(State& into, float4& o, const State (&states)[N], const float4 (&outputs)[N]) {
+  float old_part[N], new_part[N];
+#pragma unroll
+  for (int i = 0; i < N; ++i) {
+    const float top = fmaxf(into.m, states[i].m);
+    old_part[i] = part(into.m, top), new_part[i] = part(states[i].m, top);
+    into.m = top;
+  }
+#pragma unroll
+  for (int i = 0; i < N; ++i) {
+    o = scaled_sum(o, old_part[i], outputs[i], new_part[i]);
+    into.l = __fmaf_rn(into.l, old_part[i], __fmul_rn(states[i].l, new_part[i]));
+  }
 }
+
+// Counts, and hands on what this thread block wrote before its last barrier to whoever sees the count; what others handed on can be
+// read after the next barrier.
+__device__ __forceinline__ int32_t add_acquire_release(int32_t* counter, int32_t n) {
+  int32_t before;
+  asm volatile("atom.acq_rel.gpu.global.add.s32 %0, [%1], %2;" : "=r"(before) : "l"(counter), "r"(n) : "memory");
+  return before;
+}
+
+// A look at the counter that makes nothing wait. Before what others handed on is read comes a fence.
+__device__ __forceinline__ int32_t load_relaxed(const int32_t* counter) {
+  int32_t value;
+  asm volatile("ld.relaxed.gpu.global.s32 %0, [%1];" : "=r"(value) : "l"(counter) : "memory");
+  return value;
+}
+
+__device__ __forceinline__ void acquire() { asm volatile("fence.acq_rel.gpu;" ::: "memory"); }
 
 template <typename C>
 class Decoder {
@@ -100,6 +133,7 @@ class Decoder {
   __device__ Decoder(const Problem& call, char* shared)
       : call_(call), warp_(threadIdx.x / 32), lane_(threadIdx.x % 32), g_(lane_ / 4), t_(lane_ % 4) {
     columns_ = call.columns;
+    team_ = blockIdx.x / call.team, member_ = blockIdx.x % call.team;
     merge_ = reinterpret_cast<float*>(shared + C::pipeline_bytes(call.stages));
     queries_ = reinterpret_cast<uint32_t*>(merge_ + C::merge_buffers(columns_) * C::merge_floats(columns_));
     pipeline_ = shared_address(shared) + warp_ * (call.stages * 2 * C::kTileBytes);
@@ -107,33 +141,36 @@ class Decoder {
   }
 
   __device__ __forceinline__ void run() {
-    const auto* pieces = reinterpret_cast<const PlanPiece*>(call_.plan + call_.pieces) + blockIdx.x;
-    const PlanPiece from = pieces[0];
-    to_ = pieces[1];
-    if (call_.plan[kSignature] != call_.signature) return fill_rows(0, NAN);  // not of these shapes: loud, and nothing out of bounds
-    if (call_.alone) fill_rows(call_.plan[kUsedTokens], 0.0f);
-    if (done(from.row, from.head, from.chunk)) return;
-    Item item = make_item(from.first, from.row, from.head, from.chunk, from.slot);
+    wait_for_predecessors();
+    // All at once: each look at the plan costs a trip to the L2.
+    const auto* piece = reinterpret_cast<const PlanPiece*>(call_.plan + call_.pieces) + team_;
+    const int4 header = *reinterpret_cast<const int4*>(call_.plan);
+    from_ = piece->from, to_ = piece->to;
+    Item item{piece->first};
+    if (header.x != call_.signature) return fill_rows(0, NAN);  // not of these shapes: loud, and nothing out of bounds
+    if (call_.alone) fill_rows(header.y, 0.0f);
+    if (!set_chunks(item, first_row(from_, to_))) return;
     load_ = walk_of(item);
     find_blocks();
     while (true) {
-      const bool more = !done_after(item);
       // Known before it is needed, so that loading can run on into it.
-      next_load_ = more ? walk_of(item_after(item)) : Walk{};
+      Item next;
+      const bool more = item_after(item, next);
+      next_load_ = more ? walk_of(next) : Walk{};
       fill_pipeline();
       process(item);
       if (!more) break;
       if (!hopped_) hop();
       hopped_ = false;
-      item = item_after(item);
+      item = next;
     }
   }
 
  private:
   const Problem& call_;
-  PlanPiece to_;
+  PlanCut from_, to_;
   const int warp_, lane_, g_, t_;
-  int columns_;
+  int columns_, team_, member_;  // of the team, this thread block takes one head
   float* merge_;
   uint32_t* queries_;  // as fragments, [index][lane]
   uint32_t pipeline_;
@@ -145,16 +182,25 @@ class Decoder {
   int merge_buffer_ = 0;
   int32_t blocks_[2];  // of rows 0-7 and 8-15 of the tile to load
 
-  __device__ __forceinline__ bool done(int row, int head, int chunk) const {
-    return row > to_.row || (row == to_.row && (head > to_.head || (head == to_.head && chunk >= to_.chunk)));
+  // Fills an item whose row is known; false if none of it lies in the piece.
+  __device__ __forceinline__ bool set_chunks(Item& item, int index) const {
+    const bool begun = index == from_.row && from_.chunk > 0, cut = index == to_.row;
+    item.index = index;
+    item.first_chunk = begun ? from_.chunk : 0, item.end_chunk = cut ? to_.chunk : item.row.num_chunks;
+    item.slot = begun ? from_.slot : (cut ? to_.slot : -1), item.whole = begun ? from_.whole : to_.whole;
+    return index < to_.row || (cut && item.first_chunk < item.end_chunk);
   }
 
-  __device__ __forceinline__ Item make_item(const PlanRow& row, int row_index, int head, int chunk, int slot) const {
-    const bool cut = row_index == to_.row && head == to_.head;
-    Item item{row, row_index, head, chunk, cut ? to_.chunk : row.num_chunks, -1};
-    if (chunk > 0) item.slot = slot;
-    else if (cut) item.slot = to_.slot;
-    return item;
+  // In the order of plan.h; false if `item` was the last.
+  __device__ __forceinline__ bool item_after(const Item& item, Item& next) const {
+    if (item.index == from_.row && from_.chunk > 0) return false;
+    int index = item.index == to_.row ? first_within(from_) : item.index + 1;
+    if (index >= to_.row) {
+      if (from_.chunk == 0) return false;
+      index = from_.row;
+    }
+    next.row = reinterpret_cast<const PlanRow*>(call_.plan + call_.rows)[index];
+    return set_chunks(next, index);
   }
 
   // Rows of the output from `first` on; log-sum-exp of no keys.
@@ -168,19 +214,17 @@ class Decoder {
     }
   }
 
-  __device__ __forceinline__ bool done_after(const Item& item) const {
-    const bool same_row = item.head + 1 < call_.heads;
-    return done(same_row ? item.row_index : item.row_index + 1, same_row ? item.head + 1 : 0, 0);
-  }
+  // Of all heads and groups of columns, the one that this thread block computes.
+  __device__ __forceinline__ int head_of(const Item& item) const { return item.row.round * call_.team + member_; }
+  __device__ __forceinline__ int kv_head_of(int head) const { return call_.column_groups == 1 ? head : head / call_.column_groups; }
 
-  __device__ __forceinline__ Item item_after(const Item& item) const {
-    if (item.head + 1 < call_.heads) return make_item(item.row, item.row_index, item.head + 1, 0, -1);
-    const auto* rows = reinterpret_cast<const PlanRow*>(call_.plan + call_.rows);
-    return make_item(rows[item.row_index + 1], item.row_index + 1, 0, 0, -1);
+  // Column c of a row is this query of its sequence; divisions are slow.
+  __device__ __forceinline__ int query_of(int column) const {
+    return call_.shape.max_queries == 1 ? 0 : column / call_.shape.group;
   }
 
   __device__ __forceinline__ Walk walk_of(const Item& item) const {
-    const int64_t kv_head = item.head / call_.column_groups;
+    const int64_t kv_head = kv_head_of(head_of(item));
     return {call_.block_tables + item.row.seq * call_.table_stride, (kv_head << call_.block_shift) * call_.shape.head_dim,
             item.begin() + warp_ * kDecodeKeys, item.end()};
   }
@@ -238,23 +282,24 @@ class Decoder {
       const bool valid = key < load_.end && chunk * 8 < head_dim;
       const int32_t block = row < 8 ? blocks_[0] : blocks_[1];
       const T* source = base + block * side.block_stride + (key & (block_size - 1)) * head_dim + chunk * 8;
-      copy_async(target + (row * C::kRowChunks + (chunk ^ (row & 7))) * 16, valid ? source : base, valid);
+      copy_async_once(target + (row * C::kRowChunks + (chunk ^ (row & 7))) * 16, valid ? source : base, valid);
     }
   }
 
   __device__ __forceinline__ void process(const Item& item) {
     const PlanRow& row = item.row;
-    const int kv_head = item.head / call_.column_groups, column0 = item.head % call_.column_groups * C::kColumns;
+    const int head = head_of(item), kv_head = kv_head_of(head);
+    const int column0 = (head - kv_head * call_.column_groups) * C::kColumns;
     Queries q;
     load_queries(row, kv_head, column0, q);
     if (C::kQueriesInShared) __syncthreads();
-    // Column c is query c / group of the sequence; it sees the keys [lowest, limit).
+    // What a column sees: the keys [lowest, limit).
     int limit[NT][2], lowest[NT][2];
 #pragma unroll
     for (int n = 0; n < NT; ++n)
 #pragma unroll
       for (int j = 0; j < 2; ++j) {
-        const int query = min((column0 + n * 8 + 2 * t_ + j) / call_.shape.group, row.num_queries - 1);
+        const int query = min(query_of(column0 + n * 8 + 2 * t_ + j), row.num_queries - 1);
         limit[n][j] = row.keys - row.num_queries + query + 1;
         lowest[n][j] = call_.shape.window > 0 ? limit[n][j] - call_.shape.window : 0;
       }
@@ -265,6 +310,10 @@ class Decoder {
     State states[kGroups];
 #pragma unroll
     for (int k = 0; k < kGroups; ++k) states[k] = {0.0f, -INFINITY};
+    // Whether the states before this item's are in memory is asked here and answered at the end of the first chunk.
+    bool gathering = !item.is_whole();
+    int32_t arrived = 0;
+    if (item.is_end() && threadIdx.x == 0) arrived = load_relaxed(arrivals_of(item));
     for (int chunk = item.first_chunk, pos = item.begin() + warp_ * kDecodeKeys; chunk < item.end_chunk; ++chunk) {
       const int end = min(row.begin + (chunk + 1) * row.chunk_size, row.keys);
       float o[NT][C::kSteps][4] = {}, m[NT][2], l[NT][2] = {};
@@ -275,18 +324,29 @@ class Decoder {
         tile(q, o, m, l, pos, masked, limit, lowest, end);
       }
       put_state(o, m, l);
-      __syncthreads();
+      if (chunk == item.first_chunk && item.is_end()) {
+        if (arrived == item.first_chunk) acquire();
+        if (__syncthreads_or(arrived == item.first_chunk)) {
+          gather(item, item.first_chunk, outputs, states);
+          gathering = false;
+        }
+      } else {
+        __syncthreads();
+      }
       merge_warps(outputs, states);
       if (C::merge_buffers(columns_) == 1) __syncthreads();
       else merge_buffer_ ^= 1;  // the other warps may still read this one
-      if (item.slot >= 0) leave(item, chunk, outputs, states);
+      if (gathering) leave(item, chunk, outputs, states);
     }
-    if (item.slot < 0) {
+    if (item.slot >= 0 && item.first_chunk == 0) leave(item, 0, outputs, states);
+    if (item.slot >= 0 && (gathering || item.first_chunk == 0)) {
+      if (!is_last(item)) return;
+      gather(item, row.num_chunks, outputs, states);
+    } else if (item.slot >= 0 && threadIdx.x == 0) {
+      *arrivals_of(item) = 0;  // ready for the next layer
+    }
 #pragma unroll
-      for (int k = 0; k < kGroups; ++k) write(row, kv_head, column0, k, outputs[k], states[k]);
-    } else if (is_last(item)) {
-      gather(item, kv_head, column0);
-    }
+    for (int k = 0; k < kGroups; ++k) write(row, kv_head, column0, k, outputs[k], states[k]);
   }
 
   // The columns of an item as B fragments.
@@ -303,9 +363,9 @@ class Decoder {
     const int group = call_.shape.group, total = row.num_queries * group;
 #pragma unroll
     for (int n = 0; n < NT; ++n) {
-      const int column = column0 + n * 8 + g_;
-      const auto* source = static_cast<const T*>(call_.q) + (row.first_query + column / group) * call_.q_token_stride +
-                        (kv_head * group + column % group) * call_.q_head_stride;
+      const int column = column0 + n * 8 + g_, query = query_of(column);
+      const auto* source = static_cast<const T*>(call_.q) + (row.first_query + query) * call_.q_token_stride +
+                           (kv_head * group + column - query * group) * call_.q_head_stride;
 #pragma unroll
       for (int s = 0; s < C::kSteps; ++s)
 #pragma unroll
@@ -436,26 +496,29 @@ class Decoder {
         o = scaled_sum(*quad, factor, o, 1.0f);
         chunk.l = __fmaf_rn(warps[w].l, factor, chunk.l);
       }
-      merge(row[k], outputs[k], chunk, o);
+      merge<1>(row[k], outputs[k], {chunk}, {o});
     }
   }
 
   __device__ __forceinline__ void write(const PlanRow& row, int kv_head, int column0, int k, float4 o, State state) const {
     const int group = call_.shape.group, head_dim = call_.shape.head_dim, column = column0 + column_of(k), d = element_of();
     if (column_of(k) >= columns_ || column >= row.num_queries * group || d >= head_dim) return;
-    const int64_t at = int64_t{row.first_query + column / group} * call_.num_heads + kv_head * group + column % group;
-    const float inverse = state.l == 0.0f ? 0.0f : 1.0f / state.l;
+    const int query = query_of(column);
+    const int64_t at = int64_t{row.first_query + query} * call_.num_heads + kv_head * group + column - query * group;
+    const float inverse = state.l == 0.0f ? 0.0f : __fdividef(1.0f, state.l);
     *reinterpret_cast<uint2*>(static_cast<T*>(call_.out) + at * head_dim + d) =
         make_uint2(pack_pair<T>(o.x * inverse, o.y * inverse), pack_pair<T>(o.z * inverse, o.w * inverse));
     if (d == 0 && call_.lse != nullptr) call_.lse[at] = state.m == -INFINITY ? -INFINITY : state.m * kLn2 + logf(state.l);
   }
 
-  // Where the state of a chunk of a cut row lies.
+  // Of a cut row and this head: where things lie.
+  __device__ __forceinline__ int place_of(const Item& item) const { return item.slot * call_.team + member_; }
+  __device__ __forceinline__ int32_t* arrivals_of(const Item& item) const { return call_.plan + call_.arrivals + place_of(item); }
   __device__ __forceinline__ int64_t state_index(const Item& item, int chunk, int column) const {
-    return (int64_t{item.slot} * call_.most_chunks + chunk) * columns_ + column;
+    return (int64_t{place_of(item)} * call_.most_chunks + chunk) * columns_ + column;
   }
 
-  // Leaves a chunk's state in memory and begins anew.
+  // Leaves a state in memory and begins anew.
   __device__ __forceinline__ void leave(const Item& item, int chunk, float4 (&outputs)[kGroups], State (&states)[kGroups]) const {
     const int head_dim = call_.shape.head_dim, d = element_of();
 #pragma unroll
@@ -471,45 +534,40 @@ class Decoder {
 
   // Counts the chunks of a cut row that are in memory; true for the thread block that completes them.
   __device__ __forceinline__ bool is_last(const Item& item) const {
-    __shared__ bool last;
     __syncthreads();
+    bool last = false;
     if (threadIdx.x == 0) {
-      __threadfence();
-      int32_t* arrivals = call_.plan + call_.arrivals + item.slot;
       const int mine = item.end_chunk - item.first_chunk;
-      last = atomicAdd(arrivals, mine) + mine == item.row.num_chunks;
-      if (last) *arrivals = 0;  // ready for the next layer
-      __threadfence();
+      last = add_acquire_release(arrivals_of(item), mine) + mine == item.row.num_chunks;
+      if (last) *arrivals_of(item) = 0;  // ready for the next layer
     }
-    __syncthreads();
-    return last;
+    return __syncthreads_or(last);
   }
 
-  // Merges the states of a cut row, in order.
-  __device__ __forceinline__ void gather(const Item& item, int kv_head, int column0) const {
+  // Merges the states of a cut row's first chunks, in order, into empty ones.
+  __device__ __forceinline__ void gather(const Item& item, int end_chunk, float4 (&outputs)[kGroups], State (&totals)[kGroups]) const {
     const int head_dim = call_.shape.head_dim, d = element_of();
+    const int count = end_chunk - item.whole + 1;  // of states: of the first chunks there is one
+#pragma unroll
     for (int k = 0; k < kGroups; ++k) {
       if (column_of(k) >= columns_ || d >= head_dim) continue;
-      State total{0.0f, -INFINITY};
-      float4 o{};
       const int64_t first = state_index(item, 0, column_of(k));
       const auto* states = reinterpret_cast<const float2*>(call_.plan + call_.stats) + first;
       const float* partials = reinterpret_cast<const float*>(call_.plan + call_.partials) + first * head_dim + d;
-      for (int left = item.row.num_chunks; left > 0; left -= kAtOnce) {
-        float2 state[kAtOnce];
+      for (int done = 0; done < count; done += kAtOnce) {
+        State state[kAtOnce];
         float4 partial[kAtOnce];
 #pragma unroll
         for (int i = 0; i < kAtOnce; ++i) {
-          const int c = min(i, left - 1);  // what is read twice is not merged twice
-          state[i] = __ldcg(states + c * columns_);
+          const int n = done + i, c = n == 0 ? 0 : item.whole - 1 + n;
+          state[i] = {0.0f, -INFINITY}, partial[i] = {};  // merging these changes nothing
+          if (n >= count) continue;
+          const float2 stat = __ldcg(states + c * columns_);
+          state[i] = {stat.x, stat.y};
           partial[i] = __ldcg(reinterpret_cast<const float4*>(partials + c * columns_ * head_dim));
         }
-#pragma unroll
-        for (int i = 0; i < kAtOnce; ++i)
-          if (i < left) merge(total, o, {state[i].x, state[i].y}, partial[i]);
-        states += kAtOnce * columns_, partials += kAtOnce * columns_ * head_dim;
+        merge(totals[k], outputs[k], state, partial);
       }
-      write(item.row, kv_head, column0, k, o, total);
     }
   }
 };
@@ -524,13 +582,18 @@ struct Device {
   int sms = 0, shared_per_sm = 0, shared_per_block = 0;
 };
 
-Device current_device() {
-  Device device;
+// Asked once a thread and device: the answers cost more than a small kernel's launch.
+const Device& current_device() {
+  thread_local Device device;
+  thread_local int known = -1;
   int index = 0;
   cudaGetDevice(&index);
-  cudaDeviceGetAttribute(&device.sms, cudaDevAttrMultiProcessorCount, index);
-  cudaDeviceGetAttribute(&device.shared_per_sm, cudaDevAttrMaxSharedMemoryPerMultiprocessor, index);
-  cudaDeviceGetAttribute(&device.shared_per_block, cudaDevAttrMaxSharedMemoryPerBlockOptin, index);
+  if (index != known) {
+    cudaDeviceGetAttribute(&device.sms, cudaDevAttrMultiProcessorCount, index);
+    cudaDeviceGetAttribute(&device.shared_per_sm, cudaDevAttrMaxSharedMemoryPerMultiprocessor, index);
+    cudaDeviceGetAttribute(&device.shared_per_block, cudaDevAttrMaxSharedMemoryPerBlockOptin, index);
+    known = index;
+  }
   return device;
 }
 
@@ -541,13 +604,13 @@ struct Grid {
 // The deepest pipeline with two thread blocks an SM, else with one; no thread blocks where nothing fits.
 template <typename C>
 Grid grid_of(int columns) {
-  const Device device = current_device();
+  const Device& device = current_device();
   constexpr int kReserved = 1024;  // what the driver takes of each block
   for (int blocks = 2; blocks > 0; --blocks)
     for (int stages = kMostStages; stages >= 2; --stages) {
       const int bytes = C::shared_bytes(columns, stages);
       if (bytes <= device.shared_per_block && blocks * (bytes + kReserved) <= device.shared_per_sm)
-        return {stages, blocks * device.sms};
+        return {stages, std::min(blocks * device.sms, kMostTeams)};
     }
   return {0, 0};
 }
@@ -567,8 +630,7 @@ const char* launch(const DecodeCall& call, cudaStream_t stream) {
   const int bytes = C::shared_bytes(columns, stages);
   const cudaError_t error = cudaFuncSetAttribute(decode_kernel<C>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
   if (error != cudaSuccess) return error_text(error);
-  decode_kernel<C><<<call.shape.num_ctas, kDecodeThreads, bytes, stream>>>(Problem(call, stages));
-  return launch_error();
+  return launch_overlapped(decode_kernel<C>, call.shape.grid(), kDecodeThreads, bytes, stream, Problem(call, stages));
 }
 
 bool aligned(const void* pointer, int64_t bytes) { return reinterpret_cast<uintptr_t>(pointer) % bytes == 0; }

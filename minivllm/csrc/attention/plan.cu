@@ -2,16 +2,23 @@
 #include <cuda_runtime.h>
 
 #include "attention/plan.h"
-#include "common/vec.cuh"
+#include "common/launch.cuh"
 
 namespace minivllm::attention {
 namespace {
 
 constexpr int kThreads = 1024;
 
+// Numbers that follow from the shape.
+struct PlanLayout {
+  int rounds, teams, grid;
+  int32_t signature;
+  int64_t pieces, rows, line;
+};
+
 // A row without queries is not decoded. Keys beyond the block table cannot exist; the plan has no place for them either.
-__device__ PlanRow read_row(const int32_t* seq_lens, const int32_t* cu, int i, const DecodeShape& shape) {
-  PlanRow row{i, cu[i], cu[i + 1] - cu[i], max(0, min(seq_lens[i], shape.max_keys)), 0, 0, 0, 0};
+__device__ PlanRow read_row(const int32_t* seq_lens, const int32_t* cu, int i, int round, const DecodeShape& shape) {
+  PlanRow row{i, cu[i], cu[i + 1] - cu[i], max(0, min(seq_lens[i], shape.max_keys)), 0, 0, 0, round};
   if (row.num_queries > shape.max_queries) row.num_queries = 0;
   const int first = row.keys - row.num_queries + 1 - shape.window;  // first key that any query sees
   if (shape.window > 0 && first > 0) row.begin = first / kDecodeKeys * kDecodeKeys;
@@ -20,7 +27,7 @@ __device__ PlanRow read_row(const int32_t* seq_lens, const int32_t* cu, int i, c
   return row;
 }
 
-// Of one head, in units: its keys, and what a row costs besides.
+// In units: its keys, and what a row costs besides.
 __device__ int64_t work_of(const PlanRow& row) { return (row.keys - row.begin + kUnit - 1) / kUnit + 1; }
 
 // Sum over the threads before this one; every thread must call it.
@@ -44,65 +51,72 @@ __device__ int64_t sum_before(int64_t v, int64_t* total, int64_t* shared) {
   return before + sum - v;
 }
 
-// The first chunk that begins at `target` of the line or later. line[i]: where row i begins; line[count]: the end.
-__device__ PlanPiece find_piece(const PlanRow* rows, const int64_t* line, int count, int heads, int64_t target) {
+// Where the rows stand in the line: row i from begin[i], the end of all at begin[count]. Of many rows they lie in global memory.
+struct Line {
+  int64_t* begin;
+  int2* chunks;  // of a row: keys of one in units, how many
+};
+
+// Before the first chunk that begins at `target` of the line or later.
+__device__ PlanCut find_cut(const Line& line, int count, int64_t target) {
+  if (target >= line.begin[count]) return {count, 0, 0, 0};
   int low = 0, high = count;  // the last row that begins at target or before it
   while (high - low > 1) {
     const int middle = (low + high) / 2;
-    if (line[middle] <= target) low = middle;
+    if (line.begin[middle] <= target) low = middle;
     else high = middle;
   }
-  PlanPiece piece{count, 0, 0, 0, {}};
-  if (target >= line[count]) return piece;
-  const PlanRow row = rows[low];
-  const int64_t work = work_of(row), offset = target - line[low], units = row.chunk_size / kUnit;
-  piece.row = low, piece.head = static_cast<int>(offset / work), piece.chunk = static_cast<int>((offset % work + units - 1) / units);
-  if (piece.chunk >= row.num_chunks) piece.chunk = 0, ++piece.head;
-  if (piece.head >= heads) piece.head = 0, ++piece.row;
-  return piece;
+  const int2 chunks = line.chunks[low];
+  const int chunk = static_cast<int>((target - line.begin[low] + chunks.x - 1) / chunks.x);
+  return chunk < chunks.y ? PlanCut{low, chunk, 0, 0} : PlanCut{low + 1, 0, 0, 0};
 }
 
 __global__ void __launch_bounds__(kThreads)
-    plan_kernel(const int32_t* seq_lens, const int32_t* cu_seqlens_q, DecodeShape shape, int heads, int64_t rows_at,
-                int64_t pieces_at, int64_t line_at, int32_t signature, int32_t* plan) {
-  __shared__ int64_t shared[kThreads / 32];
-  auto* rows = reinterpret_cast<PlanRow*>(plan + rows_at);
-  auto* pieces = reinterpret_cast<PlanPiece*>(plan + pieces_at);
-  auto* line = reinterpret_cast<int64_t*>(plan + line_at);
-  if (threadIdx.x == 0) plan[kSignature] = signature, plan[kUsedTokens] = cu_seqlens_q[shape.num_seqs];
-  for (int i = threadIdx.x; i < shape.num_ctas; i += kThreads) plan[DecodeShape::kHeader + i] = 0;  // arrivals
+    plan_kernel(const int32_t* seq_lens, const int32_t* cu_seqlens_q, DecodeShape shape, PlanLayout at, int32_t* plan) {
+  __shared__ int64_t sums[kThreads / 32], begin[kThreads + 1];
+  __shared__ int2 chunks[kThreads];
+  __shared__ PlanCut cuts[kMostTeams + 1];
+  wait_for_predecessors();
+  auto* rows = reinterpret_cast<PlanRow*>(plan + at.rows);
+  auto* pieces = reinterpret_cast<PlanPiece*>(plan + at.pieces);
+  Line line{begin, chunks};
+  const int most_rows = shape.num_seqs * at.rounds;
+  if (most_rows > kThreads)
+    line = {reinterpret_cast<int64_t*>(plan + at.line), reinterpret_cast<int2*>(plan + at.line + 2 * (most_rows + 1))};
+  if (threadIdx.x == 0) plan[kSignature] = at.signature, plan[kUsedTokens] = cu_seqlens_q[shape.num_seqs];
+  for (int i = threadIdx.x; i < at.grid; i += kThreads) plan[DecodeShape::kHeader + i] = 0;  // arrivals
 
   int count = 0;
   int64_t end = 0;
-  for (int start = 0; start < shape.num_seqs; start += kThreads) {
+  for (int start = 0; start < most_rows; start += kThreads) {
     const int i = start + threadIdx.x;
     PlanRow row{};
-    if (i < shape.num_seqs) row = read_row(seq_lens, cu_seqlens_q, i, shape);
+    if (i < most_rows) row = read_row(seq_lens, cu_seqlens_q, i / at.rounds, i % at.rounds, shape);
     const bool decoded = row.num_queries > 0;
     int64_t all_rows, all_work;
-    const int64_t at = count + sum_before(decoded, &all_rows, shared);
-    const int64_t begin = end + sum_before(decoded ? work_of(row) * heads : 0, &all_work, shared);
-    if (decoded) rows[at] = row, line[at] = begin;
+    const int64_t index = count + sum_before(decoded, &all_rows, sums);
+    const int64_t before = end + sum_before(decoded ? work_of(row) : 0, &all_work, sums);
+    if (decoded) rows[index] = row, line.begin[index] = before, line.chunks[index] = {row.chunk_size / kUnit, row.num_chunks};
     count += static_cast<int>(all_rows), end += all_work;
   }
-  if (threadIdx.x == 0) line[count] = end;
+  if (threadIdx.x == 0) line.begin[count] = end;
   __syncthreads();  // orders the block's global writes too
 
-  for (int b = threadIdx.x; b <= shape.num_ctas; b += kThreads) {
-    PlanPiece piece = find_piece(rows, line, count, heads, end * b / shape.num_ctas);
-    if (b == shape.num_ctas) piece = {count, 0, 0, 0, {}};
-    if (piece.row < count) piece.first = rows[piece.row];
-    pieces[b] = piece;
+  for (int i = threadIdx.x; i <= at.teams; i += kThreads)
+    cuts[i] = i < at.teams ? find_cut(line, count, end * i / at.teams) : PlanCut{count, 0, 0, 0};
+  __syncthreads();
+  for (int i = threadIdx.x; i < at.teams; i += kThreads) {
+    if (cuts[i].chunk == 0) continue;
+    int first = i;  // cut of its row: its index is the row's slot
+    while (cuts[first - 1].row == cuts[i].row && cuts[first - 1].chunk > 0) --first;
+    cuts[i].slot = first, cuts[i].whole = cuts[first].chunk;
   }
   __syncthreads();
-  // The slot of a cut row and head is the first thread block that begins within it.
-  for (int b = threadIdx.x; b < shape.num_ctas; b += kThreads) {
-    const PlanPiece& piece = pieces[b];
-    if (piece.chunk == 0) continue;
-    int first = b;
-    while (first > 0 && pieces[first - 1].row == piece.row && pieces[first - 1].head == piece.head && pieces[first - 1].chunk > 0)
-      --first;
-    pieces[b].slot = first;
+  for (int i = threadIdx.x; i < at.teams; i += kThreads) {
+    const PlanCut from = cuts[i], to = cuts[i + 1];
+    const int first = first_row(from, to);
+    pieces[i].from = from, pieces[i].to = to;
+    if (first < count) pieces[i].first = rows[first];
   }
 }
 
@@ -110,9 +124,8 @@ __global__ void __launch_bounds__(kThreads)
 
 const char* launch_plan(const int32_t* seq_lens, const int32_t* cu_seqlens_q, const DecodeShape& shape, int32_t* plan,
                         void* stream) {
-  plan_kernel<<<1, kThreads, 0, static_cast<cudaStream_t>(stream)>>>(seq_lens, cu_seqlens_q, shape, shape.heads(), shape.rows(),
-                                                                     shape.pieces(), shape.line(), shape.signature(), plan);
-  return launch_error();
+  const PlanLayout at{shape.rounds(), shape.teams(), shape.grid(), shape.signature(), shape.pieces(), shape.rows(), shape.line()};
+  return launch_overlapped(plan_kernel, 1, kThreads, 0, static_cast<cudaStream_t>(stream), seq_lens, cu_seqlens_q, shape, at, plan);
 }
 
 }  // namespace minivllm::attention

@@ -3,10 +3,13 @@
 //
 // A decode row is a sequence with few queries: their (query, head of the group) pairs are the columns of one tensor-core tile. Its
 // keys are cut into chunks whose size follows from the row's own length alone, every chunk gets a softmax state of its own, and the
-// states are merged in order. The chunks of all rows and heads stand in one line, and every thread block takes an equal piece of
-// it ("Stream-K", Osama et al. 2023, arXiv:2301.03598). Of a row and head that lies within one piece the states are merged in
-// registers; of one that is cut they are left in memory, and the last thread block to finish merges them. Both do the same
-// arithmetic, so the bits of a row do not depend on the rows beside it.
+// states are merged in order. The chunks of all rows stand in one line, and every team of thread blocks takes an equal piece of it
+// ("Stream-K", Osama et al. 2023, arXiv:2301.03598), each of them for another head: the heads of a block of the cache lie side by
+// side in memory, and so they are read at about the same time, which is worth 2 % of the bandwidth. Of a row that lies within one
+// piece the states are merged in registers. Of one that is cut they are left in memory, and the last thread block to finish merges
+// them; but a team begins with the row that its end cuts and ends with the row that its beginning cuts, so what another team did of
+// the latter is mostly there already, and merging goes on from it in registers. All ways do the same arithmetic, so the bits of a
+// row do not depend on the rows beside it.
 #pragma once
 
 #include <cstdint>
@@ -24,15 +27,16 @@ constexpr int kDecodeWarps = 4;
 constexpr int kDecodeThreads = 32 * kDecodeWarps;
 constexpr int kDecodeKeys = 16;     // keys of one warp's step: the rows of an m16n8k16 tile
 constexpr int kDecodeColumns = 16;  // rows of up to so many columns are decoded; a single query always is
-constexpr int kMaxChunks = 64;      // of one row: what the last thread block merges in about two microseconds
-constexpr int kSmallestChunk = 256;  // keys
+constexpr int kMaxChunks = 32;      // of one row: what the last thread block merges in about two microseconds
+constexpr int kChunk = 256, kShortChunk = 128;  // keys
+constexpr int kMostTeam = 16, kMostTeams = 1024;
 constexpr int kUnit = kDecodeWarps * kDecodeKeys;  // chunks are multiples of it; work is counted in it
 
-// Keys of a chunk, from the keys of the row. Small enough that one row of 8,192 tokens fills 132 multiprocessors twice, large
-// enough that merging (a barrier each) is lost in the noise and the states of a long row stay few.
+// Keys of a chunk, from the keys of the row. Half of kChunk for all rows would give a single row of 1,024 keys 7.4 us instead of 9.1,
+// but cost 256 rows of 1,024 keys 2 %, of 256 keys 8 % (of 512 keys 1 % for 1.7 us of 8.4).
 MINIVLLM_BOTH int chunk_keys(int keys) {
-  if (keys <= 8192) return kSmallestChunk;
-  if (keys <= 512 * kMaxChunks) return 512;
+  if (keys > kChunk && keys <= 2 * kChunk) return kShortChunk;
+  if (keys <= kChunk * kMaxChunks) return kChunk;
   return ((keys + kMaxChunks - 1) / kMaxChunks + kUnit - 1) / kUnit * kUnit;
 }
 
@@ -54,9 +58,20 @@ struct DecodeShape {
   int tile_columns() const { return columns() <= 8 || head_dim > 128 ? 8 : 16; }
   int column_groups() const { return (columns() + tile_columns() - 1) / tile_columns(); }
   int columns_per_group() const { return columns() < tile_columns() ? columns() : tile_columns(); }
-  int heads() const { return num_kv_heads * column_groups(); }  // places in the line of a row
+  int heads() const { return num_kv_heads * column_groups(); }
+  // Thread blocks of a team: heads that are computed side by side. The largest divisor of all heads that leaves less than 2 % of
+  // the thread blocks idle. A row with more heads stands in the line once for every round of them.
+  int team() const {
+    int best = 1;
+    for (int size = 2; size <= kMostTeam && size <= num_ctas; ++size)
+      if (heads() % size == 0 && num_ctas % size * 50 < num_ctas) best = size;
+    return best;
+  }
+  int rounds() const { return heads() / team(); }
+  int teams() const { return num_ctas / team(); }
+  int grid() const { return teams() * team(); }
   int most_chunks() const {
-    const int n = (max_keys + kSmallestChunk - 1) / kSmallestChunk;
+    const int n = (max_keys + kShortChunk - 1) / kShortChunk;
     return n < 1 ? 1 : (n > kMaxChunks ? kMaxChunks : n);
   }
   int32_t signature() const {
@@ -64,15 +79,16 @@ struct DecodeShape {
     for (int v : {num_seqs, max_keys, num_kv_heads, group, head_dim, max_queries, window, num_ctas}) hash = hash * 1000003u + v;
     return static_cast<int32_t>(hash);
   }
-  int64_t states() const { return int64_t{num_ctas} * most_chunks() * columns_per_group(); }
+  int64_t states() const { return int64_t{grid()} * most_chunks() * columns_per_group(); }
 
   // Offsets in words of 4 bytes.
   static constexpr int64_t kHeader = 16;
   int64_t arrivals() const { return kHeader; }
-  int64_t pieces() const { return (arrivals() + num_ctas + 3) / 4 * 4; }
-  int64_t rows() const { return pieces() + 12 * (int64_t{num_ctas} + 1); }
-  int64_t line() const { return rows() + 8 * int64_t{num_seqs}; }  // int64: where each row begins
-  int64_t stats() const { return line() + 2 * (int64_t{num_seqs} + 1); }
+  int64_t pieces() const { return (arrivals() + grid() + 3) / 4 * 4; }
+  int64_t rows() const { return pieces() + 16 * int64_t{teams()}; }
+  // Where the rows stand, for the plan kernel's own use.
+  int64_t line() const { return rows() + 8 * int64_t{num_seqs} * rounds(); }  // int64: where each row begins
+  int64_t stats() const { return line() + 4 * (int64_t{num_seqs} * rounds() + 1); }
   int64_t partials() const { return (stats() + 2 * states() + 3) / 4 * 4; }
   int64_t words() const { return partials() + states() * head_dim; }
 };
@@ -80,18 +96,30 @@ struct DecodeShape {
 // Header words. kSignature: of the shapes the plan was made for. kUsedTokens: rows of q that belong to a sequence.
 enum PlanWord : int { kSignature = 0, kUsedTokens = 1 };
 
-// The keys [begin, keys) of a sequence's cache, in chunks.
+// The keys [begin, keys) of a sequence's cache, in chunks, for the heads of one round.
 struct alignas(16) PlanRow {
   int seq, first_query, num_queries, keys;
-  int begin, chunk_size, num_chunks, unused;
+  int begin, chunk_size, num_chunks, round;
 };
 
-// Where a thread block's piece of the line begins; it ends where the next one's begins. slot: where the states of the row and head
-// lie that the beginning cuts (chunk > 0).
+// A place between two chunks of the line. chunk > 0: it cuts a row, whose states lie in slot `slot`; of the `whole` chunks before
+// the row's first cut there is but one state, that of all of them.
+struct alignas(16) PlanCut {
+  int row, chunk, slot, whole;
+};
+
+// What a team does: its piece of the line lies between two cuts. first: the row it begins with.
 struct alignas(16) PlanPiece {
-  int row, head, chunk, slot;
+  PlanCut from, to;
   PlanRow first;
 };
+
+// The order of a piece's rows: the one that its end cuts, those that lie within it, the one that its beginning cuts.
+MINIVLLM_BOTH int first_within(const PlanCut& from) { return from.row + (from.chunk > 0); }
+MINIVLLM_BOTH int first_row(const PlanCut& from, const PlanCut& to) {
+  if (to.chunk > 0) return to.row;
+  return first_within(from) < to.row ? first_within(from) : from.row;
+}
 
 const char* launch_plan(const int32_t* seq_lens, const int32_t* cu_seqlens_q, const DecodeShape& shape, int32_t* plan,
                         void* stream);
