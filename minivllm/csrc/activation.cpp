@@ -4,6 +4,7 @@
 #include "common/check.h"
 #include "common/cpu.h"
 #include "common/cuda_border.h"
+#include "common/new_tensor.h"
 
 #include <vector>
 
@@ -74,7 +75,7 @@ Call prepare(const char* op, const Tensor& x) {
                                     ", expected an even last dimension (gate and up side by side)");
   std::vector<int64_t> shape(x.sizes().begin(), x.sizes().end());
   shape.back() = d;
-  return {collapse_rows(check, "x", x), d, torch::stable::new_empty(x, shape)};
+  return {collapse_rows(check, "x", x), d, new_tensor(x, shape, x.scalar_type())};
 }
 
 template <Activation kActivation>

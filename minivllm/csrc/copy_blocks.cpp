@@ -6,6 +6,7 @@
 #include "common/cpu.h"
 #include "common/cuda_border.h"
 #include "common/kv_cache.h"
+#include "common/new_tensor.h"
 #include "copy_blocks.h"
 
 #include <algorithm>
@@ -72,7 +73,7 @@ void copy_blocks_cuda(Tensor k_cache, Tensor v_cache, const Tensor& sources, con
   const CudaScope scope(k_cache);
   const int64_t num_pairs = sources.size(0), bytes = block_bytes(k_cache);
   const int64_t scratch_bytes = copy_blocks_workspace(num_pairs, bytes);
-  const Tensor scratch = torch::stable::new_empty(sources, {scratch_bytes}, ScalarType::Byte);
+  const Tensor scratch = new_tensor(sources, {scratch_bytes}, ScalarType::Byte);
   check_launch("copy_blocks",
                launch_copy_blocks({k_cache.data_ptr(), block_stride_bytes(k_cache)},
                                   {v_cache.data_ptr(), block_stride_bytes(v_cache)}, bytes, ids(sources), ids(targets),

@@ -2,6 +2,7 @@
 #include "common/check.h"
 #include "common/cpu.h"
 #include "common/cuda_border.h"
+#include "common/new_tensor.h"
 #include "embedding.h"
 
 namespace minivllm {
@@ -13,7 +14,7 @@ Tensor check_and_allocate(const Tensor& token_ids, const Tensor& weight) {
   Check check("embedding", weight);
   check.tensor("weight", weight, {"vocab_shard", "hidden"}, MINIVLLM_FLOATS);
   check.tensor("token_ids", token_ids, {"num_tokens"}, {ScalarType::Long});
-  return torch::stable::new_empty(weight, {token_ids.size(0), weight.size(1)});
+  return new_tensor(weight, {token_ids.size(0), weight.size(1)}, weight.scalar_type());
 }
 
 Tensor embedding_cpu(const Tensor& token_ids, const Tensor& weight, int64_t vocab_start) {

@@ -4,6 +4,7 @@
 // largest logit could not enter it costs the heap nothing.
 #include "common/check.h"
 #include "common/cuda_border.h"
+#include "common/new_tensor.h"
 #include "common/simd.h"
 #include "logprobs.h"
 
@@ -169,10 +170,10 @@ struct Results {
   Tensor logprobs, ranks, top_ids, top_logprobs;
 
   Results(const Tensor& logits, int64_t n, int64_t num_top)
-      : logprobs(torch::stable::new_empty(logits, {n}, ScalarType::Float)),
-        ranks(torch::stable::new_empty(logits, {n}, ScalarType::Long)),
-        top_ids(torch::stable::new_empty(logits, {n, num_top}, ScalarType::Long)),
-        top_logprobs(torch::stable::new_empty(logits, {n, num_top}, ScalarType::Float)) {}
+      : logprobs(new_tensor(logits, {n}, ScalarType::Float)),
+        ranks(new_tensor(logits, {n}, ScalarType::Long)),
+        top_ids(new_tensor(logits, {n, num_top}, ScalarType::Long)),
+        top_logprobs(new_tensor(logits, {n, num_top}, ScalarType::Float)) {}
 
   std::tuple<Tensor, Tensor, Tensor, Tensor> tuple() const { return {logprobs, ranks, top_ids, top_logprobs}; }
 };
@@ -206,7 +207,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> token_logprobs_cuda(const Tensor& log
   const CudaScope scope(logits);
   const int64_t n = logits.size(0), vocab = logits.size(1);
   const Results results(logits, n, num_top);
-  Tensor workspace = torch::stable::new_empty(logits, {logprobs_workspace_bytes(n, vocab)}, ScalarType::Byte);
+  Tensor workspace = new_tensor(logits, {logprobs_workspace_bytes(n, vocab)}, ScalarType::Byte);
   const LogprobsArguments arguments{logits.data_ptr(),
                                     logits.stride(0),
                                     n,

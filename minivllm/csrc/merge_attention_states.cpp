@@ -2,6 +2,7 @@
 #include "common/check.h"
 #include "common/cpu.h"
 #include "common/cuda_border.h"
+#include "common/new_tensor.h"
 #include "merge_attention_states.h"
 
 #include <algorithm>
@@ -21,7 +22,7 @@ Merged check_and_allocate(const Tensor& out_a, const Tensor& lse_a, const Tensor
   check.tensor("lse_a", lse_a, {"num_tokens", "num_heads"}, {ScalarType::Float});
   check.tensor("out_b", out_b, {"num_tokens", "num_heads", "head_dim"}, {out_a.scalar_type()});
   check.tensor("lse_b", lse_b, {"num_tokens", "num_heads"}, {ScalarType::Float});
-  return {torch::stable::new_empty(out_a, out_a.sizes()), torch::stable::new_empty(lse_a, lse_a.sizes())};
+  return {new_tensor(out_a, out_a.sizes(), out_a.scalar_type()), new_tensor(lse_a, lse_a.sizes(), ScalarType::Float)};
 }
 
 template <typename T>

@@ -2,6 +2,7 @@
 #include "common/check.h"
 #include "common/cpu.h"
 #include "common/cuda_border.h"
+#include "common/new_tensor.h"
 #include "common/norm_row.h"
 #include "rms_norm.h"
 
@@ -71,7 +72,7 @@ FusedRows check_fused(const Tensor& x, const Tensor& residual, const Tensor& wei
 
 Tensor rms_norm_cpu(const Tensor& x, const Tensor& weight, double eps) {
   const Rows rows = check_rms_norm(x, weight);
-  Tensor out = torch::stable::new_empty(x, x.sizes());
+  Tensor out = new_tensor(x, x.sizes(), x.scalar_type());
   dispatch_float(x.scalar_type(), [&](auto* tag) {
     using T = std::remove_pointer_t<decltype(tag)>;
     rms_norm_rows(static_cast<const T*>(x.data_ptr()), rows, static_cast<const T*>(weight.data_ptr()),
@@ -104,7 +105,7 @@ RowLayout cuda_rows(const Rows& rows) { return {rows.inner, rows.outer_stride, r
 Tensor rms_norm_cuda(const Tensor& x, const Tensor& weight, double eps) {
   const Rows rows = check_rms_norm(x, weight);
   const CudaScope scope(x);
-  Tensor out = torch::stable::new_empty(x, x.sizes());
+  Tensor out = new_tensor(x, x.sizes(), x.scalar_type());
   check_launch("rms_norm", launch_rms_norm(x.data_ptr(), cuda_rows(rows), weight.data_ptr(), out.data_ptr(), rows.count,
                                            weight.size(0), static_cast<float>(eps), dtype_code(x), scope.stream()));
   return out;

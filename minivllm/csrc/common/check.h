@@ -7,6 +7,7 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
+#include <algorithm>
 #include <cstring>
 #include <initializer_list>
 #include <string>
@@ -83,11 +84,9 @@ class Check {
   }
 
   void check_dtype(const char* name, ScalarType got, std::initializer_list<ScalarType> dtypes) const {
+    if (std::find(dtypes.begin(), dtypes.end(), got) != dtypes.end()) return;
     std::string wanted;
-    for (ScalarType dtype : dtypes) {
-      if (dtype == got) return;
-      wanted += (wanted.empty() ? "" : " or ") + std::string(torch::headeronly::toString(dtype));
-    }
+    for (ScalarType dtype : dtypes) wanted += (wanted.empty() ? "" : " or ") + std::string(torch::headeronly::toString(dtype));
     fail(std::string(name) + " has dtype " + torch::headeronly::toString(got) + ", expected " + wanted);
   }
 
