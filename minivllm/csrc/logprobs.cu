@@ -3,16 +3,17 @@
 // the largest of every chunk. The second kernel, one block a row, adds the parts up in float64 in an order that depends on the
 // vocabulary alone, so a row's result does not depend on the rows beside it, and picks the likeliest tokens out of the few chunks
 // that can hold them. Floor: the row's bytes / bandwidth.
-#include <cuda_runtime.h>
-
+#include "common/launch.cuh"
 #include "logprobs.h"
 #include "sampling/select.cuh"
+
+#include <type_traits>
 
 namespace minivllm {
 namespace {
 
 constexpr int kThreads = 128;
-constexpr int kBlocksPerMultiprocessor = 8;
+constexpr int kBlocksPerMultiprocessor = 10;
 constexpr int kMaxSelected = 1024;    // as many of the likeliest are picked in shared memory; more are ranked by counting
 constexpr int kRankingThreads = 256;
 
@@ -42,6 +43,13 @@ __device__ __forceinline__ const T* row_of(const Plan& plan, int64_t r) {
   return static_cast<const T*>(plan.a.logits) + r * plan.a.stride;
 }
 
+// e^x for x <= 0 by the hardware's approximation, whose error of a few units of the last float32 place is lost in the sum.
+__device__ __forceinline__ float exponential(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x * 1.442695041f));
+  return y;
+}
+
 template <typename T>
 __device__ __forceinline__ Part part_of_warp(const Logits<T> (&v)[kVectors<T>], float of_thread) {
   Part part{warp_max_or_nan(of_thread), 0.0f};
@@ -49,38 +57,70 @@ __device__ __forceinline__ Part part_of_warp(const Logits<T> (&v)[kVectors<T>], 
 #pragma unroll
   for (int u = 0; u < kVectors<T>; ++u)
 #pragma unroll
-    for (int j = 0; j < kVectorTokens<T>; ++j) part.mass += expf(widen(v[u].data[j]) - origin);
+    for (int j = 0; j < kVectorTokens<T>; ++j) part.mass += exponential(widen(v[u].data[j]) - origin);
   part.mass = warp_sum(part.mass);
   return part;
+}
+
+// How many of a vector's logits are larger than `chosen`.
+__device__ __forceinline__ int count_larger(const Vec<float, 4>& v, float chosen) {
+  int count = 0;
+#pragma unroll
+  for (int j = 0; j < 4; ++j) count += v.data[j] > chosen;
+  return count;
+}
+
+template <typename T>
+__device__ __forceinline__ int count_larger(const Vec<T, 8>& v, T chosen) {
+  using Pair = std::conditional_t<std::is_same_v<T, __half>, __half2, __nv_bfloat162>;
+  const auto* pairs = reinterpret_cast<const Pair*>(v.data);
+  const Pair bound{chosen, chosen};
+  const Pair larger = __hadd2(__hadd2(__hgt2(pairs[0], bound), __hgt2(pairs[1], bound)),
+                              __hadd2(__hgt2(pairs[2], bound), __hgt2(pairs[3], bound)));
+  return static_cast<int>(widen(larger.x) + widen(larger.y));
 }
 
 template <typename T, bool kAligned>
 __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor) read_kernel(Plan plan) {
   __shared__ int larger_of_warp[kThreads / 32];
+  wait_for_predecessors();
+  let_dependents_launch();
   const int64_t r = blockIdx.x / plan.splits;
   const int split = blockIdx.x % plan.splits, warp = threadIdx.x / 32, warps = blockDim.x / 32;
   const VocabLayout& layout = plan.layout;
   const T* row = row_of<T>(plan, r);
   const int64_t token = plan.a.token_ids[r];
-  const float chosen = token >= 0 ? widen(row[token]) : INFINITY;
+  const T chosen = token >= 0 ? row[token] : narrow<T>(INFINITY);
+  Part* parts = plan.parts + r * plan.num_parts() + warp;
+  float* maxima = plan.maxima + r * layout.num_chunks() + threadIdx.x / kThreadsPerChunk;
   int num_larger = 0;
   const int begin = static_cast<int>(int64_t{layout.num_tiles} * split / plan.splits);
   const int end = static_cast<int>(int64_t{layout.num_tiles} * (split + 1) / plan.splits);
-  for (int tile = begin; tile < end; ++tile) {
-    Logits<T> v[kVectors<T>];
-    load_tile<T, kAligned>(row, layout, tile, v);
+  const auto take = [&](const Logits<T>(&v)[kVectors<T>], int tile) {
     float largest = largest_of(v[0]);
 #pragma unroll
     for (int u = 1; u < kVectors<T>; ++u) largest = max_or_nan(largest, largest_of(v[u]));
 #pragma unroll
-    for (int u = 0; u < kVectors<T>; ++u)
-#pragma unroll
-      for (int j = 0; j < kVectorTokens<T>; ++j) num_larger += widen(v[u].data[j]) > chosen;
+    for (int u = 0; u < kVectors<T>; ++u) num_larger += count_larger(v[u], chosen);
     const Part part = part_of_warp<T>(v, largest);
-    if (threadIdx.x % 32 == 0) plan.parts[r * plan.num_parts() + tile * warps + warp] = part;
+    if (threadIdx.x % 32 == 0) parts[tile * warps] = part;
     largest = chunk_largest(largest);
-    if (threadIdx.x % kThreadsPerChunk == 0)
-      plan.maxima[r * layout.num_chunks() + ((tile << layout.log2_threads) + threadIdx.x) / kThreadsPerChunk] = largest;
+    if (threadIdx.x % kThreadsPerChunk == 0) maxima[(tile << layout.log2_threads) / kThreadsPerChunk] = largest;
+  };
+  // Whole tiles have a loop of their own: the compiler keeps 16-bit logits in pairs only where none was loaded alone.
+  const int whole = kAligned ? min(end, layout.vocab / kTokensPerThread >> layout.log2_threads) : begin;
+  int tile = begin;
+  for (; tile < whole; ++tile) {
+    Logits<T> v[kVectors<T>];
+#pragma unroll
+    for (int u = 0; u < kVectors<T>; ++u)
+      v[u] = reinterpret_cast<const Logits<T>*>(row)[vector_of<T>(layout, tile, u, threadIdx.x)];
+    take(v, tile);
+  }
+  for (; tile < end; ++tile) {
+    Logits<T> v[kVectors<T>];
+    load_tile<T, kAligned>(row, layout, tile, v);
+    take(v, tile);
   }
   num_larger = __reduce_add_sync(0xffffffffu, num_larger);
   if (threadIdx.x % 32 == 0) larger_of_warp[warp] = num_larger;
@@ -170,6 +210,8 @@ __device__ void put_with_ties(SelectShared& s, const SelectRow<T, kAligned>& row
 template <typename T, bool kAligned>
 __global__ void __launch_bounds__(kSelectThreads) finish_kernel(Plan plan) {
   __shared__ SelectShared s;
+  wait_for_predecessors();
+  let_dependents_launch();
   const int64_t r = blockIdx.x, num_top = plan.a.num_top, token = plan.a.token_ids[r];
   const T* logits = row_of<T>(plan, r);
   const RowSum sum = add_parts(plan, r, s);
@@ -224,11 +266,12 @@ const char* launch(const Plan& plan, cudaStream_t stream) {
   if (blocks > 2147483647 || (ranking && plan.a.n * ranking_blocks_per_row > 2147483647)) return "more than 2^31 - 1 blocks";
   auto* read = aligned ? read_kernel<T, true> : read_kernel<T, false>;
   auto* finish = aligned ? finish_kernel<T, true> : finish_kernel<T, false>;
-  read<<<static_cast<unsigned>(blocks), plan.layout.threads, 0, stream>>>(plan);
-  finish<<<static_cast<unsigned>(plan.a.n), kSelectThreads, 0, stream>>>(plan);
-  if (ranking)
-    rank_kernel<T><<<static_cast<unsigned>(plan.a.n * ranking_blocks_per_row), kRankingThreads, 0, stream>>>(
-        plan, static_cast<unsigned>(ranking_blocks_per_row));
+  const char* error = launch_overlapped(read, dim3(static_cast<unsigned>(blocks)), dim3(plan.layout.threads), 0, stream, plan);
+  if (error == nullptr)
+    error = launch_overlapped(finish, dim3(static_cast<unsigned>(plan.a.n)), dim3(kSelectThreads), 0, stream, plan);
+  if (error != nullptr || !ranking) return error;
+  rank_kernel<T><<<static_cast<unsigned>(plan.a.n * ranking_blocks_per_row), kRankingThreads, 0, stream>>>(
+      plan, static_cast<unsigned>(ranking_blocks_per_row));
   return launch_error();
 }
 

@@ -1,8 +1,6 @@
 // apply_penalties and count_tokens on CUDA. A row of counts is read in 16-byte vectors, several blocks a row; a logit is touched only
 // where its count is not 0, which is rare. Floor: the counts' bytes / bandwidth, or the launch for few rows.
-#include <cuda_runtime.h>
-
-#include "common/vec.cuh"
+#include "common/launch.cuh"
 #include "penalties.h"
 
 namespace minivllm {
@@ -23,6 +21,8 @@ __device__ __forceinline__ Vec<int32_t, 4> load_counts(const int32_t* counts, in
 
 template <typename T, bool kAligned>
 __global__ void __launch_bounds__(kThreads) penalties_kernel(PenaltyArguments a, unsigned blocks_per_row) {
+  wait_for_predecessors();
+  let_dependents_launch();
   const int64_t i = blockIdx.x / blocks_per_row;
   const int64_t start = static_cast<int64_t>(blockIdx.x % blocks_per_row) * kBlockTokens;
   const int32_t* counts = a.counts + a.count_indices[i] * a.counts_stride;
@@ -54,8 +54,8 @@ const char* launch(const PenaltyArguments& a, cudaStream_t stream) {
   if (blocks > 2147483647) return "more than 2^31 - 1 blocks";
   const bool aligned = reinterpret_cast<uintptr_t>(a.counts) % 16 == 0 && a.counts_stride % 4 == 0;
   auto* kernel = aligned ? penalties_kernel<T, true> : penalties_kernel<T, false>;
-  kernel<<<static_cast<unsigned>(blocks), kThreads, 0, stream>>>(a, static_cast<unsigned>(blocks_per_row));
-  return launch_error();
+  return launch_overlapped(kernel, dim3(static_cast<unsigned>(blocks)), dim3(kThreads), 0, stream, a,
+                           static_cast<unsigned>(blocks_per_row));
 }
 
 __global__ void __launch_bounds__(kThreads) count_kernel(int32_t* counts, int64_t stride, const int64_t* count_indices,
