@@ -1,7 +1,8 @@
 // rms_norm and fused_add_rms_norm on CUDA. A row is one pass over memory: each thread keeps one, two or four 16-byte vectors in
 // registers between the sum of squares and the scaling, all loaded before the first is used. Few rows get as many threads as
 // they can use (the shortest time for one row); many rows get two vectors a thread, enough bytes under way to fill the memory's
-// pipe. Floor: bytes / bandwidth (2 x row for rms_norm, 4 x row fused), or the launch for few rows.
+// pipe, and where these are exactly the row, nothing is checked. Floor: bytes / bandwidth (2 x row for rms_norm, 4 x row
+// fused), or the launch for few rows.
 #include "common/convert.cuh"
 #include "common/launch.cuh"
 #include "rms_norm.h"
@@ -11,8 +12,14 @@ namespace {
 
 constexpr int kMaxThreads = 1024;
 constexpr int kMaxVectors = 4;               // that a thread keeps
-constexpr int kMaxRows = 8;                  // rows that share a block
 constexpr int64_t kFewThreads = 132 * 2048;  // as many threads as an H100 or H200 runs at a time
+constexpr int kMaxFullThreads = 512;         // of a block without checks
+// Blocks of kMaxFullThreads on one multiprocessor: as many as leave each thread the registers it needs.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+constexpr int kFullBlocks = 3;
+#else
+constexpr int kFullBlocks = 4;
+#endif
 
 // Sums of kVectors values over the 32 threads of a warp, each by halves, quarters, ..., and then over the values by halves,
 // quarters, ... Two values share a shuffle while there are two: each half of the threads goes on with one of them.
@@ -47,39 +54,41 @@ __device__ __forceinline__ float tree_sum(const float (&groups)[kVectors], float
   const float sum = groups_sum(groups);
   const int warps = blockDim.x / 32;
   if (warps == 1) return sum;
-  float* mine = partial + threadIdx.y * 32;
+  float* mine = partial + threadIdx.y * warps;
   if (threadIdx.x % 32 == 0) mine[threadIdx.x / 32] = sum;
   __syncthreads();
   return warp_sum(static_cast<int>(threadIdx.x % 32) < warps ? mine[threadIdx.x % 32] : 0.0f);
 }
 
-// One row a threadIdx.y. kFused adds x into the residual first and normalises the rounded sum. With kMaxVectors vectors a
-// thread, rows may be longer still: what does not fit into registers is read a second time (from L2).
-template <typename T, int N, bool kFused, int kVectors>
-__global__ void __launch_bounds__(kMaxThreads)
+// One row a threadIdx.y. kFused adds x into the residual first and normalises the rounded sum. kFull: every thread has a row
+// and kVectors vectors of it. With kMaxVectors vectors a thread, rows may be longer still: what does not fit into registers is
+// read a second time (from L2).
+template <typename T, int N, bool kFused, int kVectors, bool kFull>
+__global__ void __launch_bounds__(kFull ? kMaxFullThreads : kMaxThreads, kFull ? kFullBlocks : 1)
     rms_norm_kernel(T* x, RowLayout x_rows, T* residual, RowLayout residual_rows, const T* weight, T* out, int64_t num_rows,
                     int num_vectors, float inverse_hidden, float eps) {
   using V = Vec<T, N>;
-  __shared__ float partial[32 * kMaxRows];
+  __shared__ float partial[kMaxThreads / 32];
   wait_for_predecessors();
   let_dependents_launch();
   const int64_t row = static_cast<int64_t>(blockIdx.x) * blockDim.y + threadIdx.y;
-  const bool live = row < num_rows;  // idle rows of the last block still take part in __syncthreads
+  const bool live = kFull || row < num_rows;  // idle rows of the last block still take part in __syncthreads
   V* x_row = live ? reinterpret_cast<V*>(x + row_offset(x_rows, row)) : nullptr;
   V* r_row = live && kFused ? reinterpret_cast<V*>(residual + row_offset(residual_rows, row)) : nullptr;
   const int end = live ? num_vectors : 0;
   // The first vector that does not fit into registers.
   const int beyond = kVectors == kMaxVectors ? threadIdx.x + kVectors * blockDim.x : end;
+  const auto inside = [&](int i) { return kFull || i < end; };
   const V* w = reinterpret_cast<const V*>(weight);
 
   V kept[kVectors], added[kVectors], weights;
 #pragma unroll
   for (int k = 0; k < kVectors; ++k) {
     const int i = threadIdx.x + k * blockDim.x;
-    if (i < end) kept[k] = x_row[i];
-    if (kFused && i < end) added[k] = r_row[i];
+    if (inside(i)) kept[k] = x_row[i];
+    if (kFused && inside(i)) added[k] = r_row[i];
   }
-  if (kVectors == 1 && static_cast<int>(threadIdx.x) < end) weights = w[threadIdx.x];
+  if (kVectors == 1 && inside(threadIdx.x)) weights = w[threadIdx.x];
   const auto add = [&](V& v, const V& r, int i) {  // the sum of squares of one vector
     float wide[N], sum = 0.0f;
     widen_all(v, wide);
@@ -100,7 +109,7 @@ __global__ void __launch_bounds__(kMaxThreads)
 #pragma unroll
   for (int k = 0; k < kVectors; ++k) {
     const int i = threadIdx.x + k * blockDim.x;
-    sums[k] = i < end ? add(kept[k], added[k], i) : 0.0f;
+    sums[k] = inside(i) ? add(kept[k], added[k], i) : 0.0f;
   }
   for (int i = beyond; i < end; i += blockDim.x) {
     V v = x_row[i];
@@ -114,12 +123,12 @@ __global__ void __launch_bounds__(kMaxThreads)
     widen_all(v, wide);
 #pragma unroll
     for (int j = 0; j < N; ++j) wide[j] *= scale;
-    out_row[i] = multiply_all(narrow_all<T, N>(wide), kVectors == 1 ? weights : w[i]);
+    out_row[i] = multiply_all(narrow_all<T, N>(wide), kVectors == 1 ? weights : load_in_order<T, N>(w[i].data));
   };
 #pragma unroll
   for (int k = 0; k < kVectors; ++k) {
     const int i = threadIdx.x + k * blockDim.x;
-    if (i < end) put(kept[k], i);
+    if (inside(i)) put(kept[k], i);
   }
   for (int i = beyond; i < end; i += blockDim.x) put(kFused ? r_row[i] : x_row[i], i);
 }
@@ -149,10 +158,13 @@ const char* launch(const Problem& p, bool few, cudaStream_t stream) {
   const int rows_per_block = few || threads >= block_threads ? 1 : block_threads / threads;
   const int64_t blocks = (p.num_rows + rows_per_block - 1) / rows_per_block;
   if (blocks > 2147483647 || num_vectors > 2147483647) return "more than 2^31 - 1 blocks of rows or vectors of a row";
-  return launch_overlapped(rms_norm_kernel<T, N, kFused, kVectors>, dim3(static_cast<unsigned>(blocks)),
-                           dim3(threads, rows_per_block), 0, stream, static_cast<T*>(p.x), p.x_rows,
-                           static_cast<T*>(p.residual), p.residual_rows, static_cast<const T*>(p.weight),
-                           static_cast<T*>(p.out), p.num_rows, static_cast<int>(num_vectors),
+  auto* kernel = rms_norm_kernel<T, N, kFused, kVectors, false>;
+  if constexpr (N > 1 && kVectors == (kFused ? 1 : 2))
+    if (!few && threads <= kMaxFullThreads && num_vectors == threads * kVectors && p.num_rows % rows_per_block == 0)
+      kernel = rms_norm_kernel<T, N, kFused, kVectors, true>;
+  return launch_overlapped(kernel, dim3(static_cast<unsigned>(blocks)), dim3(threads, rows_per_block), 0, stream,
+                           static_cast<T*>(p.x), p.x_rows, static_cast<T*>(p.residual), p.residual_rows,
+                           static_cast<const T*>(p.weight), static_cast<T*>(p.out), p.num_rows, static_cast<int>(num_vectors),
                            1.0f / static_cast<float>(p.hidden), p.eps);
 }
 

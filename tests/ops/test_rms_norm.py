@@ -116,10 +116,20 @@ def test_rows_beyond_int32(seed: int) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("hidden", (1024, 4096, 40960))
-def test_many_rows_equal_few(hidden: int, seed: int) -> None:
-    x = randn(2000, hidden, seed=seed, dtype=torch.bfloat16, device="cuda")
-    weight = randn(hidden, seed=seed + 1, dtype=torch.bfloat16, device="cuda")
-    together = ops.rms_norm(x, weight, EPS)
-    for row in (0, 999, 1999):
-        assert torch.equal(ops.rms_norm(x[row : row + 1], weight, EPS), together[row : row + 1])
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float32))
+@pytest.mark.parametrize("hidden", (1000, 1024, 4096, 40960))
+def test_many_rows_equal_few(dtype: torch.dtype, hidden: int, seed: int) -> None:
+    x, residual = (randn(3001, hidden, seed=seed + i, dtype=dtype, device="cuda") for i in (0, 1))
+    weight = randn(hidden, seed=seed + 2, dtype=dtype, device="cuda")
+
+    def normed(first: int, last: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        total, normed_total = residual[first:last].clone(), x[first:last].clone()
+        ops.fused_add_rms_norm(normed_total, total, weight, EPS)
+        return ops.rms_norm(x[first:last], weight, EPS), total, normed_total
+
+    together, even = normed(0, 3001), normed(0, 3000)
+    for all_rows, even_rows in zip(together, even, strict=True):
+        assert torch.equal(all_rows[:3000], even_rows)
+    for row in (0, 999, 3000):
+        for alone, all_rows in zip(normed(row, row + 1), together, strict=True):
+            assert torch.equal(alone[0], all_rows[row])

@@ -17,9 +17,10 @@ __device__ __forceinline__ void narrow_two(float a, float b, __half* target) {
 
 __device__ __forceinline__ void widen_two(const float* source, float* target) { target[0] = source[0], target[1] = source[1]; }
 
+// A bfloat16 is the upper half of a float32; said in words, because otherwise the compiler takes three instructions for two.
 __device__ __forceinline__ void widen_two(const __nv_bfloat16* source, float* target) {
-  const float2 wide = __bfloat1622float2(*reinterpret_cast<const __nv_bfloat162*>(source));
-  target[0] = wide.x, target[1] = wide.y;
+  const uint32_t pair = *reinterpret_cast<const uint32_t*>(source);
+  target[0] = __uint_as_float(pair << 16), target[1] = __uint_as_float(pair & 0xffff0000u);
 }
 
 __device__ __forceinline__ void widen_two(const __half* source, float* target) {
@@ -48,6 +49,21 @@ __device__ __forceinline__ Vec<T, N> narrow_all(const float* wide) {
     for (int j = 0; j < N; j += 2) narrow_two(wide[j], wide[j + 1], v.data + j);
   }
   return v;
+}
+
+// A vector loaded at once, and in the order of the program among such loads: that is what `relaxed` asks of the compiler. An
+// ordinary load it takes apart where only elements are used, and puts behind others whose addresses have to be waited for.
+template <typename T, int N>
+__device__ __forceinline__ Vec<T, N> load_in_order(const T* place) {
+  if constexpr (sizeof(Vec<T, N>) != 16) {
+    return *reinterpret_cast<const Vec<T, N>*>(place);
+  } else {
+    uint4 words;
+    asm volatile("ld.relaxed.cta.global.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(words.x), "=r"(words.y), "=r"(words.z), "=r"(words.w)
+                 : "l"(place));
+    return *reinterpret_cast<const Vec<T, N>*>(&words);
+  }
 }
 
 // Products rounded to the storage dtype. One of two 16-bit values is exact in float32, so rounding it once is what computing in
