@@ -8,53 +8,33 @@
 namespace minivllm {
 namespace {
 
-constexpr int kMaxWarps = 4;
-constexpr int kManyHeads = 2;                // of a thread, where there are many tokens
-constexpr int kManyBlocks = 9;               // of kMaxWarps on one multiprocessor, likewise
+constexpr int kMaxWarps = 8;
+constexpr int kManyBlocks = 4;               // of kMaxWarps on one multiprocessor, where there are many tokens
 constexpr int64_t kFewThreads = 132 * 2048;  // as many threads as an H100 or H200 runs at a time
 
+// The heads of q, k or v: where they come from, where they go, and which norm they get.
+struct Side {
+  HeadLayout from;
+  int first;             // of all heads, which are q's, then k's, then v's
+  const void* weight;    // null: no norm
+  void* cache;           // null for q, which is written in place
+  int64_t block_stride;  // of the cache
+};
+
 struct Problem {
-  QkNormRopeStore x;
+  Side sides[3];
   RotaryTable table;
-  float inverse_head_dim;
+  const int64_t* slots;
+  int num_heads;
   int block_shift;  // log2 of block_size, which is a power of two
-  int lane_bits;    // log2 of the threads of a head
+  int head_dim;
+  int lane_bits;  // log2 of the threads of a head
+  float inverse_head_dim, eps;
 };
 
-// One head of a token: where it comes from and which norm it gets. Heads in order: q's, k's, v's.
-template <typename T>
-struct Head {
-  T* source = nullptr;        // null beyond the last head
-  const T* weight = nullptr;  // null: no norm
-  T* cache = nullptr;         // null for q, which is written in place
-  int64_t block_stride = 0, index;
-  bool turns = true;
-
-  __device__ __forceinline__ Head(const QkNormRopeStore& x, int64_t token, int head) : index(head) {
-    if (head < x.q.count) {
-      source = place(x.q, token), weight = static_cast<const T*>(x.q_weight);
-    } else if ((index -= x.q.count) < x.k.count) {
-      source = place(x.k, token), weight = static_cast<const T*>(x.k_weight);
-      cache = static_cast<T*>(x.k_cache), block_stride = x.k_block_stride;
-    } else if ((index -= x.k.count) < x.v.count) {
-      source = place(x.v, token), turns = false;
-      cache = static_cast<T*>(x.v_cache), block_stride = x.v_block_stride;
-    }
-  }
-
-  // Null: nothing to write.
-  __device__ __forceinline__ T* target(const Problem& p, int64_t slot) const {
-    if (cache == nullptr) return source;
-    if (slot < 0) return nullptr;
-    const int64_t row = (index << p.block_shift) + (slot & (p.x.block_size - 1));
-    return cache + (slot >> p.block_shift) * block_stride + row * p.x.head_dim;
-  }
-
- private:
-  __device__ __forceinline__ T* place(const HeadLayout& layout, int64_t token) const {
-    return static_cast<T*>(layout.data) + token * layout.token_stride + index * layout.head_stride;
-  }
-};
+__device__ __forceinline__ int side_of(const Problem& p, int head) {
+  return (head >= p.sides[1].first) + (head >= p.sides[2].first);
+}
 
 template <typename T, int N>
 __device__ __forceinline__ float sum_of_squares(const Vec<T, N>& v) {
@@ -68,17 +48,10 @@ __device__ __forceinline__ float sum_of_squares(const Vec<T, N>& v) {
   return sum;
 }
 
-// The same values, but not to the compiler: it widens them again later instead of keeping them widened, which takes twice the
-// registers.
-template <typename T, int N>
-__device__ __forceinline__ void forget_widened(Unit<T, N>& unit) {
-  static_assert(sizeof unit == 32);
-#pragma unroll
-  for (int i = 0; i < 8; ++i) asm volatile("" : "+r"(reinterpret_cast<uint32_t*>(&unit)[i]));
-}
-
 __device__ __forceinline__ float lanes_sum(float v, int lane_bits) {
-  for (int lane = (1 << lane_bits) / 2; lane > 0; lane /= 2) v += __shfl_xor_sync(0xffffffffu, v, lane);
+#pragma unroll
+  for (int bit = 4; bit >= 0; --bit)
+    if (bit < lane_bits) v += __shfl_xor_sync(0xffffffffu, v, 1 << bit);
   return v;
 }
 
@@ -95,53 +68,71 @@ __device__ __forceinline__ void normalise(Vec<T, N>& v, float scale, Vec<T, N> w
 }
 
 __device__ __forceinline__ float inverse_rms(const Problem& p, float sum) {
-  return rsqrtf(fmaf(sum, p.inverse_head_dim, p.x.eps));
+  return rsqrtf(fmaf(sum, p.inverse_head_dim, p.eps));
 }
 
-// Vectors of 16 bytes, one unit of a head or two a thread. Block (x, y): token blockIdx.x, heads from blockIdx.y * (heads of a
-// block) on. With few tokens time is latency, so all is loaded at once; with many it is better to need few registers, to read
-// the table once for several heads, and to find it in the L1, where the warp that came first has brought it.
-template <typename T, int N, bool kInterleaved, bool kFew>
-__global__ void __launch_bounds__(32 * kMaxWarps, kFew ? 1 : kManyBlocks) vector_kernel(const __grid_constant__ Problem p) {
-  constexpr int kHeads = kFew ? 1 : kManyHeads;
+// Vectors of 16 bytes, one unit of kHeads heads a thread, all loaded before the first is used. Block (x, y): token blockIdx.x,
+// heads from blockIdx.y * (heads of a block) on. With few tokens (one head a thread) time is latency, so the longest chain, from
+// the position to its row of the table, begins first and all is loaded at once. With many the heads go first, that no load of
+// theirs waits for the position, and the table is read late, when fewer registers are needed.
+template <typename T, int N, bool kInterleaved, int kHeads>
+__global__ void __launch_bounds__(32 * kMaxWarps, kHeads == 1 ? 1 : kManyBlocks)
+    vector_kernel(const __grid_constant__ Problem p) {
   wait_for_predecessors();
   let_dependents_launch();
-  const int64_t token = blockIdx.x, position = position_of(p.table, token), slot = p.x.slots[token];
-  const int lanes = 1 << p.lane_bits, u = threadIdx.x & (lanes - 1), heads_per_warp = 32 >> p.lane_bits;
-  const int first = (blockIdx.y * blockDim.y + threadIdx.y) * kHeads * heads_per_warp + (threadIdx.x >> p.lane_bits);
+  const uint32_t token = blockIdx.x;
+  uint32_t position = 0;
+  int64_t slot = 0;
+  const auto load_token = [&] { position = position_of(p.table, token), slot = p.slots[token]; };
+  if (kHeads == 1) load_token();
+  const int thread = threadIdx.y * 32 + threadIdx.x, u = thread & ((1 << p.lane_bits) - 1);
+  const int at_once = static_cast<int>(blockDim.y * 32) >> p.lane_bits;
+  const int first = blockIdx.y * kHeads * at_once + (thread >> p.lane_bits);
+  const bool inside = 2 * N * u < p.head_dim;  // other threads still take part in the sums
   const UnitPlace place = place_of<N, kInterleaved>(u, p.table.rotary_dim);
-  const bool inside = 2 * N * u < p.x.head_dim;  // idle threads still take part in the sums
+  // Beyond the last head it is worked on again, which needs no branches.
+  const auto head = [&](int i) { return min(first + i * at_once, p.num_heads - 1); };
+  const auto source = [&](int i) {
+    const Side& side = p.sides[side_of(p, head(i))];
+    return near_head<T>(side.from, token, head(i) - side.first);
+  };
   Unit<T, N> units[kHeads], weight;
+#pragma unroll
+  for (int i = 0; i < kHeads; ++i)
+    if (inside) units[i] = load_unit<T, N>(source(i), place);
+  const auto* only = static_cast<const T*>(p.sides[side_of(p, head(0))].weight);
+  if (kHeads == 1 && inside && only != nullptr) weight = load_unit<T, N>(only, place);
+  if (kHeads > 1) load_token();
   Turn<N> turn;
+  if (kHeads == 1 && inside && place.turns) turn = load_turn<N>(p.table, position, u);
 #pragma unroll
   for (int i = 0; i < kHeads; ++i) {
-    const Head<T> head(p.x, token, first + i * heads_per_warp);
-    units[i] = {};
-    if (inside && head.source != nullptr) units[i] = load_unit<T, N>(head.source, place);
-    if (kFew && inside && head.weight != nullptr) weight = load_unit<T, N>(head.weight, place);
-  }
-  if (kFew && inside && place.turns) turn = load_turn<N>(p.table, position, u);
-#pragma unroll
-  for (int i = 0; i < kHeads; ++i) {
-    const Head<T> head(p.x, token, first + i * heads_per_warp);
-    const bool norms = inside && head.weight != nullptr;
-    if (!__any_sync(0xffffffffu, norms)) continue;
+    const auto* weights = static_cast<const T*>(p.sides[side_of(p, head(i))].weight);
+    if (!__any_sync(0xffffffffu, weights != nullptr)) continue;
     // The order of rms_norm for a power of two of vectors: halves, quarters, ... are added first.
-    const float a = sum_of_squares(units[i].part[0]), b = sum_of_squares(units[i].part[1]);
+    const float a = inside ? sum_of_squares(units[i].part[0]) : 0.0f, b = inside ? sum_of_squares(units[i].part[1]) : 0.0f;
     const float sum = kInterleaved ? lanes_sum(a, p.lane_bits) + lanes_sum(b, p.lane_bits) : lanes_sum(a + b, p.lane_bits);
-    if (!kFew) forget_widened(units[i]);
-    if (!norms) continue;
+    if (weights == nullptr || !inside) continue;
+    if (kHeads > 1) weight = load_unit<T, N>(weights, place);
     const float scale = inverse_rms(p, sum);
-    normalise(units[i].part[0], scale, kFew ? weight.part[0] : *reinterpret_cast<const Vec<T, N>*>(head.weight + place.a));
-    normalise(units[i].part[1], scale, kFew ? weight.part[1] : *reinterpret_cast<const Vec<T, N>*>(head.weight + place.b));
+    normalise(units[i].part[0], scale, weight.part[0]);
+    normalise(units[i].part[1], scale, weight.part[1]);
   }
-  if (!kFew && inside && place.turns) turn = load_turn<N>(p.table, position, u);
+  if (kHeads > 1 && inside && place.turns) turn = load_turn<N>(p.table, position, u);
+  const uint32_t block = static_cast<uint32_t>(slot >> p.block_shift), offset = slot & ((1 << p.block_shift) - 1);
 #pragma unroll
   for (int i = 0; i < kHeads; ++i) {
-    const Head<T> head(p.x, token, first + i * heads_per_warp);
-    if (inside && place.turns && head.turns) units[i] = rotate<kInterleaved>(units[i], turn);
-    T* target = inside ? head.target(p, slot) : nullptr;
-    if (target != nullptr) store_unit(units[i], target, place);
+    if (!inside || first + i * at_once >= p.num_heads) continue;
+    const int side = side_of(p, head(i));
+    if (place.turns && side < 2) units[i] = rotate<kInterleaved>(units[i], turn);
+    if (side == 0) {
+      store_unit(units[i], source(i), place);
+    } else if (slot >= 0) {
+      const Side& to = p.sides[side];
+      const uint32_t row = ((head(i) - to.first) << p.block_shift) + offset;
+      const int64_t begin = wide_product(block, to.block_stride) + wide_product(row, p.head_dim);
+      store_unit(units[i], static_cast<T*>(to.cache) + begin, place);
+    }
   }
 }
 
@@ -151,40 +142,47 @@ __global__ void __launch_bounds__(32 * kMaxWarps) element_kernel(const __grid_co
   wait_for_predecessors();
   let_dependents_launch();
   const int64_t token = blockIdx.x;
-  const Head<T> head(p.x, token, blockIdx.y * blockDim.y + threadIdx.y);
-  if (head.source == nullptr) return;
-  T* target = head.target(p, p.x.slots[token]);
-  if (target == nullptr) return;
+  const int head = blockIdx.y * blockDim.y + threadIdx.y;
+  if (head >= p.num_heads) return;
+  const int which = side_of(p, head);
+  const Side& side = p.sides[which];
+  const int index = head - side.first;
+  T *source = any_head<T>(side.from, token, index), *target = source;
+  const T* weight = static_cast<const T*>(side.weight);
+  if (which > 0) {
+    const int64_t slot = p.slots[token], row = (int64_t{index} << p.block_shift) + (slot & ((1 << p.block_shift) - 1));
+    if (slot < 0) return;
+    target = static_cast<T*>(side.cache) + (slot >> p.block_shift) * side.block_stride + row * p.head_dim;
+  }
   float sum = 0.0f;
-  if (head.weight != nullptr)
-    for (int i = threadIdx.x; i < p.x.head_dim; i += 32) sum += __fmul_rn(widen(head.source[i]), widen(head.source[i]));
+  if (weight != nullptr)
+    for (int i = threadIdx.x; i < p.head_dim; i += 32) sum += __fmul_rn(widen(source[i]), widen(source[i]));
   const float scale = inverse_rms(p, warp_sum(sum));
   const auto load = [&](int i) {
-    const T value = head.source[i];
-    return head.weight == nullptr ? value : narrow<T>(widen(narrow<T>(widen(value) * scale)) * widen(head.weight[i]));
+    const T value = source[i];
+    return weight == nullptr ? value : narrow<T>(widen(narrow<T>(widen(value) * scale)) * widen(weight[i]));
   };
-  const int rotary_dim = head.turns ? p.table.rotary_dim : 0;
-  const int64_t position = position_of(p.table, token);
+  const int rotary_dim = which < 2 ? p.table.rotary_dim : 0;
+  const uint32_t position = position_of(p.table, token);
   for (int u = threadIdx.x; u < rotary_dim / 2; u += 32) {
     const UnitPlace place = place_of<1, kInterleaved>(u, rotary_dim);
     const Unit<T, 1> unit{{{{load(place.a)}}, {{load(place.b)}}}};
     store_unit(rotate<kInterleaved>(unit, load_turn<1>(p.table, position, u)), target, place);
   }
-  for (int i = rotary_dim + threadIdx.x; i < p.x.head_dim; i += 32) target[i] = load(i);
+  for (int i = rotary_dim + threadIdx.x; i < p.head_dim; i += 32) target[i] = load(i);
 }
 
 template <typename T, bool kInterleaved>
 const char* launch(Problem p, bool wide, int64_t num_tokens, cudaStream_t stream) {
   constexpr int N = 16 / sizeof(T);
-  p.lane_bits = wide ? lane_bits_for(p.x.head_dim / (2 * N)) : 5;
-  const int64_t threads = static_cast<int64_t>(p.x.q.count + 2 * p.x.k.count) << p.lane_bits;
-  const bool few = num_tokens * threads <= kFewThreads;
-  const int64_t per_warp = wide && !few ? 32 * kManyHeads : 32;
-  const int64_t warps = (threads + per_warp - 1) / per_warp, chunks = (warps + kMaxWarps - 1) / kMaxWarps;
+  p.lane_bits = wide ? lane_bits_for(p.head_dim / (2 * N)) : 5;
+  const int64_t threads = static_cast<int64_t>(p.num_heads) << p.lane_bits;
+  const bool two = wide && num_tokens * threads > kFewThreads;  // heads a thread
+  const int64_t warps = (threads + (two ? 63 : 31)) / (two ? 64 : 32), chunks = (warps + kMaxWarps - 1) / kMaxWarps;
   if (num_tokens > 2147483647 || chunks > 65535) return "too many tokens or heads";
   auto* kernel = !wide ? element_kernel<T, kInterleaved>
-                 : few ? vector_kernel<T, N, kInterleaved, true>
-                       : vector_kernel<T, N, kInterleaved, false>;
+                 : two ? vector_kernel<T, N, kInterleaved, 2>
+                       : vector_kernel<T, N, kInterleaved, 1>;
   return launch_overlapped(kernel, dim3(static_cast<unsigned>(num_tokens), static_cast<unsigned>(chunks)),
                            dim3(32, static_cast<unsigned>((warps + chunks - 1) / chunks)), 0, stream, p);
 }
@@ -192,26 +190,30 @@ const char* launch(Problem p, bool wide, int64_t num_tokens, cudaStream_t stream
 // Whether every head is made of whole units, no more than a warp has threads, at 16-byte addresses.
 bool fits_vectors(const Problem& p, int elements) {
   const auto at_16 = [](const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; };
-  const QkNormRopeStore& x = p.x;
-  return x.head_dim % (2 * elements) == 0 && x.head_dim <= 64 * elements && table_aligned(p.table, elements) &&
-         heads_aligned(x.q, elements) && heads_aligned(x.k, elements) && heads_aligned(x.v, elements) && at_16(x.q_weight) &&
-         at_16(x.k_weight) && at_16(x.k_cache) && at_16(x.v_cache) && x.k_block_stride % elements == 0 &&
-         x.v_block_stride % elements == 0;
+  bool fits = p.head_dim % (2 * elements) == 0 && p.head_dim <= 64 * elements && table_fits_vectors(p.table, elements);
+  for (const Side& side : p.sides)
+    fits = fits && heads_fit_vectors(side.from, elements) && at_16(side.weight) && at_16(side.cache) &&
+           side.block_stride % elements == 0 && fits_32_bits(side.block_stride);
+  return fits;
 }
 
 }  // namespace
 
-const char* launch_qk_norm_rope_store(const QkNormRopeStore& problem, int64_t num_tokens, DtypeCode dtype, void* stream) {
-  if (num_tokens == 0 || problem.head_dim == 0 || problem.q.count + problem.k.count == 0) return nullptr;
-  const RotaryTable table{problem.positions, problem.wide_positions, problem.table, problem.table_stride, problem.rotary_dim};
+const char* launch_qk_norm_rope_store(const QkNormRopeStore& x, int64_t num_tokens, DtypeCode dtype, void* stream) {
+  const int num_heads = x.q.count + x.k.count + x.v.count;
+  if (num_tokens == 0 || x.head_dim == 0 || num_heads == 0) return nullptr;
   int shift = 0;
-  while ((1 << shift) < problem.block_size) ++shift;
-  const Problem p{problem, table, 1.0f / static_cast<float>(problem.head_dim), shift, 0};
+  while ((1 << shift) < x.block_size) ++shift;
+  const Side q{x.q, 0, x.q_weight, nullptr, 0};
+  const Side k{x.k, x.q.count, x.k_weight, x.k_cache, x.k_block_stride};
+  const Side v{x.v, x.q.count + x.k.count, nullptr, x.v_cache, x.v_block_stride};
+  const RotaryTable table{x.positions, x.wide_positions, x.table, x.table_stride, x.rotary_dim};
+  const Problem p{{q, k, v}, table, x.slots, num_heads, shift, x.head_dim, 0, 1.0f / static_cast<float>(x.head_dim), x.eps};
   return dispatch_dtype(dtype, [&](auto* tag) {
     using T = std::remove_pointer_t<decltype(tag)>;
     const bool wide = fits_vectors(p, 16 / sizeof(T));
     const auto s = static_cast<cudaStream_t>(stream);
-    return problem.interleaved ? launch<T, true>(p, wide, num_tokens, s) : launch<T, false>(p, wide, num_tokens, s);
+    return x.interleaved ? launch<T, true>(p, wide, num_tokens, s) : launch<T, false>(p, wide, num_tokens, s);
   });
 }
 

@@ -22,6 +22,6 @@ struct QkNormRopeStore {
   bool interleaved;
 };
 
-const char* launch_qk_norm_rope_store(const QkNormRopeStore& problem, int64_t num_tokens, DtypeCode dtype, void* stream);
+const char* launch_qk_norm_rope_store(const QkNormRopeStore& x, int64_t num_tokens, DtypeCode dtype, void* stream);
 
 }  // namespace minivllm

@@ -148,6 +148,22 @@ def test_equals_the_three_ops_to_the_bit(
     assert torch.equal(given["k_cache"], want_k) and torch.equal(given["v_cache"], want_v)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("interleaved", (False, True))
+@pytest.mark.parametrize(("heads", "head_dim", "rotary_dim"), ((33, 128, 128), (33, 96, 32), (90, 128, 64)))
+def test_many_tokens_equal_few(interleaved: bool, heads: int, head_dim: int, rotary_dim: int, seed: int) -> None:
+    shape = {"heads": heads, "kv_heads": 5, "head_dim": head_dim, "rotary_dim": rotary_dim, "block_size": 256}
+    given = arguments("cuda", torch.bfloat16, seed, tokens=2000, **shape)
+    pieces = copies(given)
+    ops.qk_norm_rope_store(**given, eps=EPS, interleaved=interleaved)
+    per_token = ("q", "k", "v", "positions", "slot_mapping")
+    for start in range(0, 2000, 40):
+        piece = {name: x[start : start + 40] if name in per_token else x for name, x in pieces.items()}
+        ops.qk_norm_rope_store(**piece, eps=EPS, interleaved=interleaved)
+    for name in ("q", "k_cache", "v_cache"):
+        assert torch.equal(given[name], pieces[name])
+
+
 @pytest.mark.parametrize("device", DEVICES)
 def test_no_tokens(device: str, seed: int) -> None:
     given = arguments(device, torch.bfloat16, seed, tokens=0)

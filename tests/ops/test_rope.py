@@ -72,6 +72,25 @@ def test_rope_of_packed_qkv_matches_float64(
 
 
 @pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", FLOAT_DTYPES)
+@pytest.mark.parametrize("interleaved", (False, True))
+@pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), ((33, 7, 128), (70, 9, 96), (2, 1, 640)))
+def test_a_head_does_not_depend_on_its_neighbours(
+    device: str, dtype: torch.dtype, interleaved: bool, heads: int, kv_heads: int, head_dim: int, seed: int
+) -> None:
+    q, k, packed = packed_qkv(900, heads, kv_heads, head_dim, seed, dtype, device)
+    positions = torch.randint(0, 512, (900,), generator=generator(seed)).to(device)
+    table = ops.rope_cos_sin_cache(head_dim, 512, device=device)
+    alone, before = torch.cat((q, k), dim=1), packed.clone()
+    for head in range(heads + kv_heads):
+        one = alone[:, head : head + 1]
+        ops.apply_rope(one, one[:, :0], positions, table, interleaved=interleaved)
+    ops.apply_rope(q, k, positions, table, interleaved=interleaved)
+    assert torch.equal(torch.cat((q, k), dim=1), alone)
+    assert torch.equal(packed[:, (heads + kv_heads) * head_dim :], before[:, (heads + kv_heads) * head_dim :])
+
+
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("index_dtype", (torch.int32, torch.int64))
 def test_long_positions_stay_exact(device: str, index_dtype: torch.dtype, long_table: Tensor, seed: int) -> None:
     edges = torch.tensor([0, 1, 65_535, 131_071, 200_003, MAX_POSITION - 1])

@@ -16,9 +16,12 @@ struct RotaryTable {
   int rotary_dim;
 };
 
-__device__ __forceinline__ int64_t position_of(const RotaryTable& table, int64_t token) {
-  return table.wide_positions ? static_cast<const int64_t*>(table.positions)[token]
-                              : static_cast<const int32_t*>(table.positions)[token];
+// Of an int64 the lower half is read: no table has 2^32 rows. In the order of load_in_order.
+__device__ __forceinline__ uint32_t position_of(const RotaryTable& table, int64_t token) {
+  const auto* place = static_cast<const uint32_t*>(table.positions) + (token << table.wide_positions);
+  uint32_t position;
+  asm volatile("ld.relaxed.cta.global.u32 %0, [%1];" : "=r"(position) : "l"(place));
+  return position;
 }
 
 // Unit u of a head is two vectors that turn together: elements u * N and half + u * N of the two halves (GPT-NeoX), or 2 N
@@ -43,7 +46,7 @@ __device__ __forceinline__ UnitPlace place_of(int unit, int rotary_dim) {
 
 template <typename T, int N>
 __device__ __forceinline__ Unit<T, N> load_unit(const T* head, const UnitPlace& place) {
-  return {{*reinterpret_cast<const Vec<T, N>*>(head + place.a), *reinterpret_cast<const Vec<T, N>*>(head + place.b)}};
+  return {{load_in_order<T, N>(head + place.a), load_in_order<T, N>(head + place.b)}};
 }
 
 template <typename T, int N>
@@ -70,9 +73,9 @@ __device__ __forceinline__ void load_floats(const float* source, float (&target)
 }
 
 template <int N>
-__device__ __forceinline__ Turn<N> load_turn(const RotaryTable& table, int64_t position, int unit) {
+__device__ __forceinline__ Turn<N> load_turn(const RotaryTable& table, uint32_t position, int unit) {
   Turn<N> turn;
-  const float* row = table.data + position * table.stride;
+  const float* row = table.data + wide_product(position, table.stride);
   load_floats<N>(row + N * unit, turn.cos);
   load_floats<N>(row + table.rotary_dim / 2 + N * unit, turn.sin);
   return turn;
@@ -117,13 +120,14 @@ __device__ __forceinline__ Unit<T, N> rotate(const Unit<T, N>& unit, const Turn<
 }
 
 // Whether units of 16-byte vectors fit: sizes, strides and addresses of heads of head_dim elements and of the table.
-inline bool heads_aligned(const HeadLayout& heads, int64_t elements) {
+inline bool heads_fit_vectors(const HeadLayout& heads, int64_t elements) {
   return reinterpret_cast<uintptr_t>(heads.data) % 16 == 0 && heads.token_stride % elements == 0 &&
-         heads.head_stride % elements == 0;
+         heads.head_stride % elements == 0 && fits_32_bits(heads.token_stride) && fits_32_bits(heads.head_stride);
 }
 
-inline bool table_aligned(const RotaryTable& table, int64_t elements) {
-  return reinterpret_cast<uintptr_t>(table.data) % 16 == 0 && table.stride % 4 == 0 && table.rotary_dim % (2 * elements) == 0;
+inline bool table_fits_vectors(const RotaryTable& table, int64_t elements) {
+  return reinterpret_cast<uintptr_t>(table.data) % 16 == 0 && table.stride % 4 == 0 && fits_32_bits(table.stride) &&
+         table.rotary_dim % (2 * elements) == 0;
 }
 
 // log2 of how many threads of a warp share a head of n units: a power of two, at least n if 32 are.

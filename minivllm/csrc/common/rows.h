@@ -30,4 +30,23 @@ struct HeadLayout {
   int count;
 };
 
+inline bool fits_32_bits(int64_t stride) { return stride >= 0 && stride < int64_t{1} << 32; }
+
+#ifdef __CUDACC__
+// Where strides fit 32 bits an offset is one instruction for each of them; the offset itself has 64.
+__device__ __forceinline__ int64_t wide_product(uint32_t i, int64_t stride) {
+  return static_cast<int64_t>(uint64_t{i} * static_cast<uint32_t>(stride));
+}
+
+template <typename T>
+__device__ __forceinline__ T* near_head(const HeadLayout& heads, uint32_t token, uint32_t head) {
+  return static_cast<T*>(heads.data) + (wide_product(token, heads.token_stride) + wide_product(head, heads.head_stride));
+}
+
+template <typename T>
+__device__ __forceinline__ T* any_head(const HeadLayout& heads, int64_t token, int head) {
+  return static_cast<T*>(heads.data) + token * heads.token_stride + head * heads.head_stride;
+}
+#endif
+
 }  // namespace minivllm
