@@ -1,5 +1,8 @@
 // Attention of float32 tensors: the same walk over keys as prefill.cuh, on CUDA cores, because tensor cores would round the
 // operands (tf32). For tests and small float32 models; not tuned beyond coalesced loads and broadcasts from shared memory.
+//
+// A rounding error grows with the number of terms that one sum takes one after the other. So outputs are summed in two levels:
+// over the keys of a span of tiles, and over spans; spans begin at fixed keys, so that neighbours change no bit of a row.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -14,12 +17,13 @@ template <int kHeadDim_>
 struct FloatTiles {
   static constexpr int kHeadDim = kHeadDim_, kWarps = 4, kThreads = 128, kWarpRows = 8, kRows = kWarps * kWarpRows, kKeys = 32;
   static constexpr int kPitch = kHeadDim + 4;  // 16-byte reads of one column of 8 rows meet 8 different groups of banks
-  static constexpr int kColumns = kHeadDim / 32;
+  static constexpr int kColumns = kHeadDim / 32, kBlocks = kHeadDim <= 128 ? 3 : 2;
+  static constexpr int kSpan = 8;  // tiles: 256 keys
   static constexpr int kSharedBytes = 4 * (kRows * kHeadDim + kKeys * kPitch + kWarps * kKeys * kWarpRows);
 };
 
 template <typename C, bool kPaged>
-__global__ void __launch_bounds__(C::kThreads, 2)
+__global__ void __launch_bounds__(C::kThreads, C::kBlocks)
     prefill_float32_kernel(const __grid_constant__ Prefill p, const __grid_constant__ Group group) {
   extern __shared__ __align__(16) float floats[];
   RowTile tile;
@@ -54,7 +58,8 @@ __global__ void __launch_bounds__(C::kThreads, 2)
     }
   };
 
-  float out[C::kWarpRows][C::kColumns] = {}, top[C::kWarpRows], sum[C::kWarpRows] = {};
+  float out[C::kWarpRows][C::kColumns] = {}, top[C::kWarpRows], sum[C::kWarpRows] = {};  // out: of whole spans
+  float span_out[C::kWarpRows][C::kColumns] = {};
 #pragma unroll
   for (int r = 0; r < C::kWarpRows; ++r) top[r] = -INFINITY;
   const KeyTiles tiles(p, group, tile, C::kKeys);
@@ -64,7 +69,7 @@ __global__ void __launch_bounds__(C::kThreads, 2)
     float scores[C::kWarpRows] = {};
     for (int part = 0; part < C::kHeadDim; part += 64) {  // short chains of sums: rounding errors grow with their length
       float partial[C::kWarpRows] = {};
-#pragma unroll 4
+#pragma unroll 1
       for (int d = part; d < part + 64; d += 4) {
         const float4 k = *reinterpret_cast<const float4*>(shared_kv + lane * C::kPitch + d);
 #pragma unroll
@@ -90,13 +95,16 @@ __global__ void __launch_bounds__(C::kThreads, 2)
       const float base = largest == -INFINITY ? 0.0f : largest, weight = expf(s - base);
       keep[r] = expf(top[r] - base);
       top[r] = largest;
-      sum[r] = sum[r] * keep[r] + weight;
+      sum[r] = fmaf(sum[r], keep[r], weight);
       weights[lane * C::kWarpRows + r] = weight;
     }
     __syncthreads();
     load(p.v, n);
     __syncthreads();
-    float partial[C::kWarpRows][C::kColumns] = {};
+#pragma unroll
+    for (int r = 0; r < C::kWarpRows; ++r)
+#pragma unroll
+      for (int i = 0; i < C::kColumns; ++i) out[r][i] *= keep[r], span_out[r][i] *= keep[r];
 #pragma unroll 4
     for (int j = 0; j < C::kKeys; ++j) {
       float w[C::kWarpRows];
@@ -107,13 +115,15 @@ __global__ void __launch_bounds__(C::kThreads, 2)
       for (int i = 0; i < C::kColumns; ++i) {
         const float v = shared_kv[j * C::kPitch + i * 32 + lane];
 #pragma unroll
-        for (int r = 0; r < C::kWarpRows; ++r) partial[r][i] = fmaf(w[r], v, partial[r][i]);
+        for (int r = 0; r < C::kWarpRows; ++r) span_out[r][i] = fmaf(w[r], v, span_out[r][i]);
       }
     }
+    if (n % C::kSpan == 0 || n == tiles.first) {  // a span ends
 #pragma unroll
-    for (int r = 0; r < C::kWarpRows; ++r)
+      for (int r = 0; r < C::kWarpRows; ++r)
 #pragma unroll
-      for (int i = 0; i < C::kColumns; ++i) out[r][i] = fmaf(out[r][i], keep[r], partial[r][i]);
+        for (int i = 0; i < C::kColumns; ++i) out[r][i] += span_out[r][i], span_out[r][i] = 0.0f;
+    }
     __syncthreads();
   }
 #pragma unroll
