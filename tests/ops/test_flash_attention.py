@@ -58,6 +58,23 @@ def test_large_scores_do_not_overflow(device: str, dtype: torch.dtype, seed: int
 
 
 @pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", FLOAT_DTYPES)
+@pytest.mark.parametrize("head_dim", (64, 128, 256))
+@pytest.mark.parametrize("sizes", ((12.0, 0.1), (0.1, 12.0), (4.0, 3.0)))
+def test_scores_that_grow_from_tile_to_tile(
+    device: str, dtype: torch.dtype, head_dim: int, sizes: tuple[float, float], seed: int
+) -> None:
+    """Sums are rescaled at every tile, at none, and at some, in whichever direction a kernel walks."""
+    batch = Packed.random([150], [900], (4, 2, head_dim), seed, dtype, device)
+    factors = torch.linspace(*sizes, len(batch.k), device=device).view(-1, 1, 1)
+    batch = replace(batch, k=(batch.k * factors).to(dtype))
+    got, lse = batch.run_with_lse()
+    (exact, exact_lse), (reference, _) = batch.exact(), batch.reference()
+    assert_close_to_exact(got, exact, reference)
+    torch.testing.assert_close(lse.double(), exact_lse, rtol=1e-6, atol=2e-5)
+
+
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
 @pytest.mark.parametrize("keys", (1, 40, 2000))
 def test_nan_is_never_hidden(device: str, dtype: torch.dtype, keys: int, seed: int) -> None:

@@ -3,6 +3,9 @@
 // keys and values, last to first, under an online softmax; while it works on one tile, cp.async brings the next. tiles.h says
 // how large tiles are and why, schedule.cuh which block takes which.
 //
+// Outputs are rescaled only when a row's scores grew by much (FlashAttention-4, Zadouri et al. 2026). That is hardly ever after
+// the first tile, so no row waits for its largest score, and exponentials start at once.
+//
 // Tiles of keys begin at fixed positions of the sequence, and a tile that a row does not see changes nothing of it to the bit.
 // So a row's result depends on its query and the keys and values it sees, and not on its neighbours, chunks or pages.
 #pragma once
@@ -20,6 +23,9 @@
 namespace minivllm::attention {
 
 constexpr float kLog2E = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
+// What PrefillWorker subtracts from scores before it takes their exponentials: at first less than any score, but not -infinity,
+// which hidden keys score, because their difference would be no number. Exponentials reach 2^kSlack, little in float16 too.
+constexpr float kNoBase = -3e38f, kSlack = 8.0f;
 
 // 4 bytes from global to shared memory; nothing is read and 0 written where not valid.
 __device__ __forceinline__ void copy_word_async(uint32_t target, const void* source, bool valid) {
@@ -52,7 +58,13 @@ __device__ __forceinline__ void copy_chunk_slowly(char* target, const T* source,
   *reinterpret_cast<Vec<T, 8>*>(target) = chunk;
 }
 
-// One block's work. What is seldom needed lies in shared memory, because outputs and scores take most of the registers.
+// Hides from the compiler how a value came about, so that it is kept and not computed anew at each use.
+__device__ __forceinline__ uint32_t pinned(uint32_t value) {
+  asm volatile("" : "+r"(value));
+  return value;
+}
+
+// One block's work.
 template <typename T, typename C, bool kPaged>
 struct PrefillWorker {
   using S = Swizzle<C::kHeadDim>;
@@ -62,50 +74,72 @@ struct PrefillWorker {
 
   const Prefill& p;
   const Group& group;
-  const RowTile& tile;    // in shared memory
-  const KeyTiles& tiles;  // in shared memory
+  const RowTile tile;
+  const KeyTiles tiles;
   const bool wide;        // every row of q, k and v is whole chunks at 16-byte addresses
   char* const shared;
   const uint32_t queries, keys, values, pages;  // addresses in shared memory
   const int my_row, my_chunk;                   // of the copies of this thread: the first
 
+  struct Sources {
+    const T *k, *v;
+  };
+
+  uint32_t held[C::kHeldSlots][C::kRowTiles][4];  // the first C::kHeld fragments of queries
   float out[C::kRowTiles][kWidthTiles][4];
-  float top[C::kRowTiles][2], sum[C::kRowTiles][2];  // of row g and g + 8: largest score; this thread's part of the sum
+  // Of rows g and g + 8: what is subtracted from scores * unit; this thread's part of the sum of exponentials.
+  float base[C::kRowTiles][2], sum[C::kRowTiles][2];
 
   __device__ __forceinline__ PrefillWorker(const Prefill& p, const Group& group, const RowTile& tile, const KeyTiles& tiles,
                                            bool wide, char* shared)
-      : p(p), group(group), tile(tile), tiles(tiles), wide(wide), shared(shared), queries(shared_address(shared)),
+      : p(p), group(group), tile(tile), tiles(tiles), wide(wide), shared(shared), queries(pinned(shared_address(shared))),
         keys(queries + C::kQueryBytes), values(keys + C::kStages * C::kTileBytes), pages(values + C::kStages * C::kTileBytes),
         my_row(threadIdx.x / kLanes), my_chunk(threadIdx.x % kLanes) {}
 
-  // This thread's chunks of one row, `source` being the first; zeros beyond head_dim, and for a row that is not valid.
-  __device__ __forceinline__ void copy_row(uint32_t target, int row, const T* source, bool valid) const {
+  // This thread's chunks of its copy i: row my_row + i * kStep. Zeros beyond head_dim, and for a row that is not valid.
+  __device__ __forceinline__ void copy_row(uint32_t area, int i, const T* source, bool valid) const {
+    // a twist is the same for rows kStep apart, and less than kLanes
+    const uint32_t place = area + S::offset(my_row, my_chunk) + i * kStep * S::kPitch;
 #pragma unroll
     for (int part = 0; part < kParts; ++part) {
-      const int chunk = my_chunk + part * kLanes;
-      // chunk ^ twist: a twist is less than kLanes
-      const uint32_t place = target + S::offset(row, my_chunk) + part * kLanes * 16;
+      const int column = (my_chunk + part * kLanes) * 8;
+      const T* from = source + part * kLanes * 8;
       if (wide) {
-        copy_async(place, source + part * kLanes * 8, valid && chunk * 8 < p.head_dim);
+        copy_async(place + part * kLanes * 16, from, valid && column < p.head_dim);
       } else {
-        copy_chunk_slowly(shared + (place - queries), source + part * kLanes * 8, valid ? p.head_dim - chunk * 8 : 0);
+        copy_chunk_slowly(shared + (place + part * kLanes * 16 - queries), from, valid ? p.head_dim - column : 0);
       }
     }
   }
 
-  __device__ __forceinline__ void load_queries(const RowTile& found) const {
-    const T* head = static_cast<const T*>(p.q) + found.q_begin * p.q_token_stride +
-                    found.kv_head * group.size * p.q_head_stride + my_chunk * 8;
-#pragma unroll 4
-    for (int r = my_row; r < C::kRows; r += kStep) {
-      const int row = min(found.row_begin + r, found.row_end - 1), query = group.divide(row);
-      const T* source = head + query * p.q_token_stride + (row - query * group.size) * p.q_head_stride;
-      copy_row(queries, r, source, found.row_begin + r < found.row_end);
+  // copy(i, source(i)) for i < kCount. All sources are known before the first copy waits for its turn.
+  template <int kCount, typename Source, typename Copy>
+  __device__ __forceinline__ void copy_rows(const Source& source, const Copy& copy) const {
+    if (wide) {
+      decltype(source(0)) sources[kCount];
+#pragma unroll
+      for (int i = 0; i < kCount; ++i) sources[i] = source(i);
+#pragma unroll
+      for (int i = 0; i < kCount; ++i) copy(i, sources[i]);
+    } else {
+#pragma unroll 1
+      for (int i = 0; i < kCount; ++i) copy(i, source(i));
     }
   }
 
+  __device__ __forceinline__ void load_queries() const {
+    const T* head = static_cast<const T*>(p.q) + tile.q_begin * p.q_token_stride +
+                    tile.kv_head * group.size * p.q_head_stride + my_chunk * 8;
+    const auto source = [&](int i) {
+      const int row = min(tile.row_begin + my_row + i * kStep, tile.row_end - 1), query = group.divide(row);
+      return head + query * p.q_token_stride + (row - query * group.size) * p.q_head_stride;
+    };
+    const int rows = tile.row_end - tile.row_begin - my_row;
+    copy_rows<C::kRows / kStep>(source, [&](int i, const T* from) { copy_row(queries, i, from, i * kStep < rows); });
+  }
+
   // The blocks of the cache that hold the keys of tile n, one number for 8 keys; awaited with the tile loaded meanwhile.
-  __device__ __forceinline__ void load_pages(const RowTile& tile, int n) const {
+  __device__ __forceinline__ void load_pages(int n) const {
     if (!kPaged || threadIdx.x >= C::kPages) return;
     const int key = n * C::kKeys + static_cast<int>(threadIdx.x) * 8;
     const int32_t* table = p.block_tables + tile.sequence * p.table_stride;
@@ -115,55 +149,62 @@ struct PrefillWorker {
 
   // Keys and values of tile n into their stage. kLast: the tile may end beyond the sequence; rows there are not read, and 0.
   template <bool kLast>
-  __device__ __forceinline__ void load_tile(const RowTile& tile, int n) const {
+  __device__ __forceinline__ void load_tile(int n) const {
     const uint32_t stage = (n & 1) * C::kTileBytes;
     const int32_t* page = reinterpret_cast<const int32_t*>(shared + (pages - queries)) + (n & 1) * C::kPages;
     const T* k_head = static_cast<const T*>(p.k.data) + tile.kv_head * p.k.head_stride + my_chunk * 8;
     const T* v_head = static_cast<const T*>(p.v.data) + tile.kv_head * p.v.head_stride + my_chunk * 8;
-    const int first = n * C::kKeys;
-    if (!kPaged) {
-      const int64_t row = int64_t{tile.kv_begin} + first + my_row;
-      k_head += row * p.k.row_stride, v_head += row * p.v.row_stride;
-    }
-    const auto copy = [&](int r) {
-      const bool valid = !kLast || first + r < tile.len_k;
-      int64_t k_offset = 0, v_offset = 0;
-      if (kPaged && valid) {
-        const int64_t block = page[r / 8];
-        const int row = (first + r) & ((1 << p.block_shift) - 1);
+    const int first = n * C::kKeys + my_row;
+    const auto source = [&](int i) {
+      int64_t k_offset, v_offset;
+      if (kPaged) {  // a block that does not exist is never read: its number is 0
+        const int64_t block = page[(my_row + i * kStep) / 8];
+        const int row = (first + i * kStep) & ((1 << p.block_shift) - 1);
         k_offset = block * p.k.block_stride + row * static_cast<int>(p.k.row_stride);
         v_offset = block * p.v.block_stride + row * static_cast<int>(p.v.row_stride);
-      } else if (valid) {
-        k_offset = (r - my_row) * p.k.row_stride, v_offset = (r - my_row) * p.v.row_stride;
+      } else {
+        const int64_t row = tile.kv_begin + min(first + i * kStep, kLast ? tile.len_k - 1 : first + i * kStep);
+        k_offset = row * p.k.row_stride, v_offset = row * p.v.row_stride;
       }
-      copy_row(keys + stage, r, k_head + k_offset, valid);
-      copy_row(values + stage, r, v_head + v_offset, valid);
+      return Sources{k_head + k_offset, v_head + v_offset};
     };
-    if (!wide) {
-#pragma unroll 1
-      for (int r = my_row; r < C::kKeys; r += kStep) copy(r);
-    } else {
-#pragma unroll
-      for (int i = 0; i < C::kKeys / kStep; ++i) copy(my_row + i * kStep);
-    }
+    copy_rows<C::kKeys / kStep>(source, [&](int i, const Sources& from) {
+      const bool valid = !kLast || first + i * kStep < tile.len_k;
+      copy_row(keys + stage, i, from.k, valid);
+      copy_row(values + stage, i, from.v, valid);
+    });
   }
 
+  // Fragments of this warp's queries: columns 16 * d to 16 * d + 15, the left sides of products with keys.
+  struct QueryFragments {
+    uint32_t begin, twisted;
+
+    __device__ __forceinline__ explicit QueryFragments(uint32_t queries) {
+      const int lane = threadIdx.x % 32, row = threadIdx.x / 32 * 16 * C::kRowTiles + lane % 16;
+      begin = queries + row * S::kPitch, twisted = (lane / 16 ^ S::twist(row)) * 16;
+    }
+    __device__ __forceinline__ void fetch(int d, uint32_t (&a)[C::kRowTiles][4]) const {
+#pragma unroll
+      for (int m = 0; m < C::kRowTiles; ++m) load_matrices(a[m], begin + S::within(d, twisted) + m * 16 * S::kPitch);
+    }
+  };
+
   // scores = queries of this warp times keys of tile n.
-  __device__ __forceinline__ void multiply_keys(int n, float (&scores)[C::kRowTiles][kKeyTiles][4]) const {
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    const int q_row = warp * 16 * C::kRowTiles + lane % 16, k_row = lane % 8 + lane / 16 * 8;
-    const uint32_t q_begin = queries + q_row * S::kPitch, q_twisted = (lane / 16 ^ S::twist(q_row)) * 16;
-    const uint32_t k_begin = keys + (n & 1) * C::kTileBytes + k_row * S::kPitch;
-    const uint32_t k_twisted = (lane / 8 % 2 ^ S::twist(k_row)) * 16;
+  template <int kCount>
+  __device__ __forceinline__ void multiply_keys(int n, float (&scores)[C::kRowTiles][kCount][4]) const {
+    const QueryFragments fragments(queries);
+    const int lane = threadIdx.x % 32, row = lane % 8 + lane / 16 * 8;
+    const uint32_t begin = keys + (n & 1) * C::kTileBytes + row * S::kPitch;
+    const uint32_t twisted = (lane / 8 % 2 ^ S::twist(row)) * 16;
 #pragma unroll
     for (int d = 0; d < C::kHeadDim / 16; ++d) {
-      uint32_t a[C::kRowTiles][4];
+      uint32_t fetched[C::kRowTiles][4];
+      if (d >= C::kHeld) fragments.fetch(d, fetched);
+      const auto& a = d < C::kHeld ? held[d % C::kHeldSlots] : fetched;
 #pragma unroll
-      for (int m = 0; m < C::kRowTiles; ++m) load_matrices(a[m], q_begin + S::within(d, q_twisted) + m * 16 * S::kPitch);
-#pragma unroll
-      for (int j = 0; j < kKeyTiles / 2; ++j) {
+      for (int j = 0; j < kCount / 2; ++j) {
         uint32_t b[4];
-        load_matrices(b, k_begin + S::within(d, k_twisted) + j * 16 * S::kPitch);
+        load_matrices(b, begin + S::within(d, twisted) + j * 16 * S::kPitch);
 #pragma unroll
         for (int m = 0; m < C::kRowTiles; ++m) {
           multiply_add<T>(scores[m][2 * j], a[m], b[0], b[1]);
@@ -174,7 +215,8 @@ struct PrefillWorker {
   }
 
   // Scores other than scale * q k^T with a positive scale, in units of log2(e): capped, or of a scale below 0.
-  __device__ __forceinline__ void transform(float (&scores)[C::kRowTiles][kKeyTiles][4]) const {
+  template <int kCount>
+  __device__ __forceinline__ void transform(float (&scores)[C::kRowTiles][kCount][4]) const {
     const bool capped = p.softcap > 0.0f;
     // softcap * tanh(x) = softcap - 2 softcap / (e^(2x) + 1)
     const float inside = capped ? 2.0f * kLog2E * p.scale / p.softcap : 0.0f, cap = p.softcap * kLog2E;
@@ -183,7 +225,7 @@ struct PrefillWorker {
 #pragma unroll
       for (int m = 0; m < C::kRowTiles; ++m)
 #pragma unroll
-        for (int j = 0; j < kKeyTiles; ++j)
+        for (int j = 0; j < kCount; ++j)
 #pragma unroll
           for (int e = 0; e < 4; ++e) scores[m][j][e] = change(scores[m][j][e]);
     };
@@ -195,7 +237,8 @@ struct PrefillWorker {
     return tile.row_begin + (threadIdx.x / 32 * C::kRowTiles + m) * 16 + half * 8 + threadIdx.x % 32 / 4;
   }
 
-  __device__ __forceinline__ void mask(int n, float (&scores)[C::kRowTiles][kKeyTiles][4]) const {
+  template <int kCount>
+  __device__ __forceinline__ void mask(int n, float (&scores)[C::kRowTiles][kCount][4]) const {
 #pragma unroll
     for (int m = 0; m < C::kRowTiles; ++m)
 #pragma unroll
@@ -204,51 +247,58 @@ struct PrefillWorker {
         const int first_key = n * C::kKeys + threadIdx.x % 4 * 2;
         const int begin = tile.first_visible(p, query) - first_key, end = tile.visible(p, query) - first_key;
 #pragma unroll
-        for (int j = 0; j < kKeyTiles; ++j)
+        for (int j = 0; j < kCount; ++j)
 #pragma unroll
           for (int e = 0; e < 2; ++e)
             if (j * 8 + e < begin || j * 8 + e >= end) scores[m][j][2 * half + e] = -INFINITY;
       }
   }
 
-  // The largest score of each row, by whose growth what was summed before shrinks; base: what to subtract from scores * unit.
-  __device__ __forceinline__ void rescale(float unit, const float (&scores)[C::kRowTiles][kKeyTiles][4],
-                                          float (&base)[C::kRowTiles][2]) {
-    float keep[C::kRowTiles][2];
-    bool grown = false;
+  // Raises the base of rows whose scores lie above it by more than kSlack; what was summed before shrinks. A row's base is its
+  // largest score when it last rose, so it seldom does after the first tile; where it stays the factor is 1.
+  template <int kCount>
+  __device__ __forceinline__ void raise_bases(float unit, const float (&scores)[C::kRowTiles][kCount][4]) {
+    float largest[C::kRowTiles][2];
+    bool above = false;
 #pragma unroll
     for (int m = 0; m < C::kRowTiles; ++m)
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        float largest = top[m][half];
+        float of_thread = fmaxf(scores[m][0][2 * half], scores[m][0][2 * half + 1]);
 #pragma unroll
-        for (int j = 0; j < kKeyTiles; ++j)
-          largest = fmaxf(largest, fmaxf(scores[m][j][2 * half], scores[m][j][2 * half + 1]));
-        largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, 1));
-        largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, 2));
-        const float finite = largest == -INFINITY ? 0.0f : largest;  // no key yet: all exponentials are 0
-        base[m][half] = finite * unit;
-        keep[m][half] = exp2_fast((top[m][half] - finite) * unit);  // 1 to the bit where nothing grew
-        grown |= largest != top[m][half];
-        top[m][half] = largest;
-        sum[m][half] *= keep[m][half];
+        for (int j = 1; j < kCount; ++j)
+          of_thread = fmaxf(of_thread, fmaxf(scores[m][j][2 * half], scores[m][j][2 * half + 1]));
+        above |= fmaf(of_thread, unit, -base[m][half]) > kSlack;
+        largest[m][half] = of_thread;
       }
-    if (!__any_sync(0xffffffffu, grown)) return;  // as it mostly is after a few tiles; the factors are 1
+    if (!__any_sync(0xffffffffu, above)) return;
 #pragma unroll
-    for (int m = 0; m < C::kRowTiles; ++m)
+    for (int m = 0; m < C::kRowTiles; ++m) {
+      float keep[2];
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        float of_row = largest[m][half];
+        of_row = fmaxf(of_row, __shfl_xor_sync(0xffffffffu, of_row, 1));
+        of_row = fmaxf(of_row, __shfl_xor_sync(0xffffffffu, of_row, 2));
+        const float before = base[m][half];
+        if (fmaf(of_row, unit, -before) > kSlack) base[m][half] = of_row * unit;
+        keep[half] = exp2_fast(before - base[m][half]);
+        sum[m][half] *= keep[half];
+      }
 #pragma unroll
       for (int j = 0; j < kWidthTiles; ++j)
 #pragma unroll
-        for (int e = 0; e < 4; ++e) out[m][j][e] *= keep[m][e / 2];
+        for (int e = 0; e < 4; ++e) out[m][j][e] *= keep[e / 2];
+    }
   }
 
   // out += exponentials of scores times values of tile n. A product's result has the layout of the next one's left side.
-  __device__ __forceinline__ void multiply_values(int n, float unit, const float (&scores)[C::kRowTiles][kKeyTiles][4],
-                                                  const float (&base)[C::kRowTiles][2]) {
+  template <int kCount>
+  __device__ __forceinline__ void multiply_values(int n, float unit, const float (&scores)[C::kRowTiles][kCount][4]) {
     const int lane = threadIdx.x % 32, row = lane % 16;
     const uint32_t begin = values + (n & 1) * C::kTileBytes + row * S::kPitch, twisted = (lane / 16 ^ S::twist(row)) * 16;
 #pragma unroll
-    for (int k = 0; k < C::kKeys / 16; ++k) {
+    for (int k = 0; k < kCount / 2; ++k) {
       uint32_t a[C::kRowTiles][4];
 #pragma unroll
       for (int m = 0; m < C::kRowTiles; ++m)
@@ -273,55 +323,71 @@ struct PrefillWorker {
     }
   }
 
-  // found: the tile in registers, because the one in shared memory may be read only after the first barrier.
-  // last: the last tile of keys, or -1.
-  __device__ __forceinline__ void run(const RowTile& found, int last) {
+  // The first kCount * 8 keys of tile n: all, or half, where no row sees more.
+  template <int kCount>
+  __device__ __forceinline__ void attend(int n, bool plain, bool whole, float unit) {
+    float scores[C::kRowTiles][kCount][4] = {};
+    multiply_keys(n, scores);
+    if (!plain) transform(scores);
+    if (!whole) mask(n, scores);
+    raise_bases(unit, scores);
+    multiply_values(n, unit, scores);
+  }
+
+  __device__ __forceinline__ void run() {
     const bool plain = p.softcap == 0.0f && p.scale > 0.0f;
     const float unit = plain ? p.scale * kLog2E : 1.0f;
-    if (last >= 0) {
+    const int last = tiles.last;
+    if (tiles.first <= last) {
       if (kPaged) {
-        load_pages(found, last), load_pages(found, last - 1);
+        load_pages(last), load_pages(last - 1);
         copy_async_commit();
       }
-      load_queries(found);
+      load_queries();
       if (kPaged) {
         copy_async_commit(), copy_async_wait<1>();
         __syncthreads();
       }
-      load_tile<true>(found, last);
+      load_tile<true>(last);
       copy_async_commit();
     }
 #pragma unroll
     for (int m = 0; m < C::kRowTiles; ++m) {
-      top[m][0] = top[m][1] = -INFINITY, sum[m][0] = sum[m][1] = 0.0f;
+      base[m][0] = base[m][1] = kNoBase, sum[m][0] = sum[m][1] = 0.0f;
 #pragma unroll
       for (int j = 0; j < kWidthTiles; ++j) out[m][j][0] = out[m][j][1] = out[m][j][2] = out[m][j][3] = 0.0f;
     }
     copy_async_wait<0>();
-    __syncthreads();  // the first tile has arrived, and what tile and tiles refer to
+    __syncthreads();  // the first tile has arrived
+#pragma unroll
+    for (int d = 0; d < C::kHeld; ++d) QueryFragments(queries).fetch(d, held[d]);
     for (int n = last; n >= tiles.first; --n) {
       if (n > tiles.first) {
-        load_pages(tile, n - 2);
-        load_tile<false>(tile, n - 1);
+        load_pages(n - 2);
+        load_tile<false>(n - 1);
         copy_async_commit();
       }
-      float scores[C::kRowTiles][kKeyTiles][4] = {};
-      multiply_keys(n, scores);
-      if (!plain) transform(scores);
-      if (n < tiles.whole_first || n > tiles.whole_last) mask(n, scores);
-      float base[C::kRowTiles][2];
-      rescale(unit, scores, base);
-      multiply_values(n, unit, scores, base);
+      const bool whole = n >= tiles.whole_first && n <= tiles.whole_last;
+      if (n < last || tiles.end - n * C::kKeys > C::kKeys / 2) attend<kKeyTiles>(n, plain, whole, unit);
+      else attend<kKeyTiles / 2>(n, plain, whole, unit);
       copy_async_wait<0>();
       __syncthreads();  // tile n - 1 has arrived, and nobody reads the stage of tile n any more
     }
-    write(unit);
+    write();
   }
 
   // Divides by the sums; 0 for a row without keys. Rows pass through shared memory, each warp's through its own queries' place.
-  __device__ __forceinline__ void write(float unit) {
+  __device__ __forceinline__ void write() {
     const int lane = threadIdx.x % 32, first = threadIdx.x / 32 * 16 * C::kRowTiles;
+    // Row r of this warp goes to row begin + offset of [num_tokens * num_heads]; lane r knows the offset.
+    const int query = group.divide(tile.row_begin), next = p.num_heads - group.size;
+    const int head = tile.kv_head * group.size + tile.row_begin - query * group.size;
+    const int64_t begin = (int64_t{tile.q_begin} + query) * p.num_heads + head;
+    const int offset = first + lane + (group.divide(tile.row_begin + first + lane) - query) * next;
+    const int rows = tile.row_end - tile.row_begin - first;
     __syncwarp();
+    const int twist = S::twist(lane / 4);
+    char* const place = shared + (first + lane / 4) * S::kPitch + lane % 4 * 4;
 #pragma unroll
     for (int m = 0; m < C::kRowTiles; ++m)
 #pragma unroll
@@ -329,38 +395,46 @@ struct PrefillWorker {
         float total = sum[m][half];
         total += __shfl_xor_sync(0xffffffffu, total, 1);
         total += __shfl_xor_sync(0xffffffffu, total, 2);
-        const float factor = total == 0.0f ? 0.0f : 1.0f / total;
-        const int r = first + m * 16 + half * 8 + lane / 4;
+        sum[m][half] = total;
+        const float factor = total == 0.0f ? 0.0f : __fdividef(1.0f, total);
 #pragma unroll
         for (int j = 0; j < kWidthTiles; ++j)
-          *reinterpret_cast<uint32_t*>(shared + S::offset(r, j) + lane % 4 * 4) =
+          *reinterpret_cast<uint32_t*>(place + (m * 16 + half * 8) * S::kPitch + S::within(j / 2, (j % 2 ^ twist) * 16)) =
               pack_pair<T>(out[m][j][2 * half] * factor, out[m][j][2 * half + 1] * factor);
-        const int row = row_of(m, half);
-        if (p.lse != nullptr && lane % 4 == 0 && row < tile.row_end)
-          p.lse[out_row(row)] = total == 0.0f ? -INFINITY : top[m][half] * unit * kLn2 + logf(total);
       }
     __syncwarp();
-    const bool whole = p.head_dim % 8 == 0;
-#pragma unroll 4
-    for (int i = lane; i < 16 * C::kRowTiles * S::kChunks; i += 32) {
-      const int r = first + i / S::kChunks, chunk = i % S::kChunks, row = tile.row_begin + r;
-      if (row >= tile.row_end || chunk * 8 >= p.head_dim) continue;
-      T* target = static_cast<T*>(p.out) + out_row(row) * p.head_dim + chunk * 8;
-      const auto value = *reinterpret_cast<const Vec<T, 8>*>(shared + S::offset(r, chunk));
-      if (whole) {
-        *reinterpret_cast<Vec<T, 8>*>(target) = value;
-      } else {
+    T* const target = static_cast<T*>(p.out) + begin * p.head_dim;
+    constexpr int kStores = 16 * C::kRowTiles * S::kChunks / 32;  // of a thread
+    const auto row_of_store = [&](int i) { return (i * 32 + lane) / S::kChunks; };
+    const auto chunk_of_store = [&](int i) { return (i * 32 + lane) % S::kChunks; };
+    if (p.head_dim % 8 == 0) {
+      Vec<T, 8> chunks[kStores];
+      int offsets[kStores];
 #pragma unroll
-        for (int e = 0; e < 8; ++e)
-          if (chunk * 8 + e < p.head_dim) target[e] = value.data[e];
+      for (int i = 0; i < kStores; ++i) {
+        chunks[i] = *reinterpret_cast<const Vec<T, 8>*>(shared + S::offset(first + row_of_store(i), chunk_of_store(i)));
+        offsets[i] = __shfl_sync(0xffffffffu, offset, row_of_store(i));
+      }
+#pragma unroll
+      for (int i = 0; i < kStores; ++i)
+        if (row_of_store(i) < rows && chunk_of_store(i) * 8 < p.head_dim)
+          *reinterpret_cast<Vec<T, 8>*>(target + offsets[i] * int64_t{p.head_dim} + chunk_of_store(i) * 8) = chunks[i];
+    } else {
+      for (int r = 0; r < min(rows, 16 * C::kRowTiles); ++r) {
+        T* const row = target + __shfl_sync(0xffffffffu, offset, r) * int64_t{p.head_dim};
+        for (int d = lane; d < p.head_dim; d += 32)
+          row[d] = *reinterpret_cast<const T*>(shared + S::offset(first + r, d / 8) + d % 8 * 2);
       }
     }
-  }
-
-  // Row of [num_tokens * num_heads].
-  __device__ __forceinline__ int64_t out_row(int row) const {
-    const int query = group.divide(row);
-    return (tile.q_begin + int64_t{query}) * p.num_heads + tile.kv_head * group.size + row - query * group.size;
+    if (p.lse == nullptr) return;
+#pragma unroll
+    for (int m = 0; m < C::kRowTiles; ++m)
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int r = m * 16 + half * 8 + lane / 4, row_offset = __shfl_sync(0xffffffffu, offset, r);
+        const float total = sum[m][half], lse = total == 0.0f ? -INFINITY : base[m][half] * kLn2 + logf(total);
+        if (lane % 4 == 0 && r < rows) p.lse[begin + row_offset] = lse;
+      }
   }
 };
 
@@ -368,14 +442,10 @@ template <typename T, typename C, bool kPaged>
 __global__ void __launch_bounds__(C::kThreads, C::kBlocks)
     prefill_kernel(const __grid_constant__ Prefill p, const __grid_constant__ Group group, bool wide) {
   extern __shared__ __align__(128) char shared_memory[];
-  __shared__ RowTile tile;
-  __shared__ KeyTiles tiles;
-  RowTile found;
-  if (!find_tile<kPaged>(p, group.size, C::kRows, found)) return;
-  const KeyTiles seen(p, group, found, C::kKeys);
-  if (threadIdx.x == 0) tile = found, tiles = seen;
-  PrefillWorker<T, C, kPaged> worker(p, group, tile, tiles, wide, shared_memory);
-  worker.run(found, seen.first <= seen.last ? seen.last : -1);
+  RowTile tile;
+  if (!find_tile<kPaged>(p, group.size, C::kRows, tile)) return;
+  PrefillWorker<T, C, kPaged> worker(p, group, tile, KeyTiles(p, group, tile, C::kKeys), wide, shared_memory);
+  worker.run();
 }
 
 // Kernels with more than 48 KiB of shared memory ask for it once a device.
@@ -389,6 +459,13 @@ const char* allow_shared_memory(Kernel kernel, int bytes, std::atomic<uint64_t>&
     if (error == cudaSuccess && device < 64) devices.fetch_or(bit, std::memory_order_relaxed);
   }
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+}
+
+// Whether a block on the current device may have so much.
+inline bool has_shared_memory(int bytes) {
+  int device = 0, most = 0;
+  return cudaGetDevice(&device) == cudaSuccess &&
+         cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device) == cudaSuccess && bytes <= most;
 }
 
 inline bool whole_chunks(const void* data, std::initializer_list<int64_t> strides) {
@@ -426,7 +503,8 @@ const char* launch_prefill(const Prefill& p, void* stream) {
       if (p.head_dim <= 64) return launch_tiles<T, Tiles64, kPaged>(p, s);
       if (p.head_dim <= 96) return launch_tiles<T, Tiles96, kPaged>(p, s);
       if (p.head_dim <= 128) return launch_tiles<T, Tiles128, kPaged>(p, s);
-      return launch_tiles<T, Tiles256, kPaged>(p, s);
+      if (has_shared_memory(Tiles256::kSharedBytes)) return launch_tiles<T, Tiles256, kPaged>(p, s);
+      return launch_tiles<T, Tiles256Small, kPaged>(p, s);
     }
   });
 }

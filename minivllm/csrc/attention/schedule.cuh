@@ -71,13 +71,15 @@ __device__ __forceinline__ bool find_tile(const Prefill& p, int group, int rows,
       continue;
     }
     const int found = __ffs(after) - 1;
-    tile.sequence = first + found;
-    tile.q_begin = __shfl_sync(0xffffffffu, begin, found);
-    tile.len_q = __shfl_sync(0xffffffffu, end, found) - tile.q_begin;
-    tile.row_begin = (__shfl_sync(0xffffffffu, sum, found) - 1 - index) * rows;
+    // a reduction's result lies in a register that the lanes share, so that the kernel keeps its others
+    const auto of_found = [&](int value) { return __reduce_max_sync(0xffffffffu, lane == found ? value : 0); };
+    tile.sequence = first + of_found(lane);
+    tile.q_begin = of_found(begin);
+    tile.len_q = of_found(end) - tile.q_begin;
+    tile.row_begin = (of_found(sum) - 1 - index) * rows;
     tile.row_end = min(tile.row_begin + rows, tile.len_q * group);
-    tile.kv_begin = __shfl_sync(0xffffffffu, kv_begin, found);
-    tile.len_k = __shfl_sync(0xffffffffu, kv_end, found) - tile.kv_begin;
+    tile.kv_begin = of_found(kv_begin);
+    tile.len_k = of_found(kv_end) - tile.kv_begin;
     return true;
   }
   return false;
@@ -86,13 +88,15 @@ __device__ __forceinline__ bool find_tile(const Prefill& p, int group, int rows,
 // The tiles of kKeys keys that any row of a tile sees, and which of them every row sees whole.
 struct KeyTiles {
   int first, last;              // none: last < first
+  int end;                      // of the keys that any row sees
   int whole_first, whole_last;  // need no mask
 
   KeyTiles() = default;
   __device__ KeyTiles(const Prefill& p, const Group& group, const RowTile& tile, int keys) {
     const int low = group.divide(tile.row_begin), high = group.divide(tile.row_end - 1);
     first = tile.first_visible(p, low) / keys;
-    last = (tile.visible(p, high) + keys - 1) / keys - 1;
+    end = tile.visible(p, high);
+    last = (end + keys - 1) / keys - 1;
     whole_first = (tile.first_visible(p, high) + keys - 1) / keys;
     whole_last = tile.visible(p, low) / keys - 1;
   }
