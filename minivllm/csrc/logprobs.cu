@@ -130,20 +130,6 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor) read_kerne
   plan.num_larger[r * plan.splits + split] = num_larger;
 }
 
-// Sum over the block in a fixed order.
-__device__ __forceinline__ double block_sum(double v, SelectShared& s) {
-  auto* partial = reinterpret_cast<double*>(s.partial);
-#pragma unroll
-  for (int lane = 16; lane > 0; lane /= 2) v += __shfl_xor_sync(0xffffffffu, v, lane);
-  __syncthreads();
-  if (threadIdx.x % 32 == 0) partial[threadIdx.x / 32] = v;
-  __syncthreads();
-  v = 0.0;
-#pragma unroll
-  for (int warp = 0; warp < kSelectWarps; ++warp) v += partial[warp];
-  return v;
-}
-
 __device__ RowSum add_parts(const Plan& plan, int64_t r, SelectShared& s) {
   const Part* parts = plan.parts + r * plan.num_parts();
   float largest = -INFINITY;

@@ -1,10 +1,12 @@
 // sample on CUDA, the pass over memory. Every row is read once, by as many blocks as the GPU has room for at once. A greedy
-// row keeps its largest logit, a row without filters the best of logit / temperature + Gumbel noise, a row with filters only
-// the largest logit of every chunk; the second kernel (sample_filter.cu) puts the parts together.
+// row keeps its largest logit, any other row the best of logit / temperature + Gumbel noise: filters or not, that is most often the
+// token drawn. A row with filters keeps the largest logit and the mass of every chunk as well; one with a small top-k, only the
+// former. The second kernel (sample_filter.cu) puts the parts together.
 //
 // Floor: the row's bytes / bandwidth; or the launch for few rows.
 #include <cuda_runtime.h>
 
+#include "common/launch.cuh"
 #include "sample.h"
 #include "sampling/plan.h"
 #include "sampling/search.cuh"
@@ -13,7 +15,7 @@ namespace minivllm {
 namespace {
 
 constexpr int kThreads = 128;
-constexpr int kBlocksPerMultiprocessor = 8;
+constexpr int kBlocksPerMultiprocessor = 6;
 
 struct Range {
   int begin, end;
@@ -24,32 +26,40 @@ __device__ __forceinline__ Range tiles_of_block(const SamplePlan& plan, int spli
   return {static_cast<int>(tiles * split / plan.splits), static_cast<int>(tiles * (split + 1) / plan.splits)};
 }
 
-__device__ __forceinline__ float block_max_or_nan(float v, float* partial) {
-  v = warp_max_or_nan(v);
-  if (threadIdx.x % 32 == 0) partial[threadIdx.x / 32] = v;
-  __syncthreads();
-  v = partial[0];
-  for (int warp = 1; warp < static_cast<int>(blockDim.x / 32); ++warp) v = max_or_nan(v, partial[warp]);
-  return v;
+template <typename T>
+__device__ __forceinline__ float mass_of_chunk(const Logits<T> (&v)[kVectors<T>], float largest, float scale) {
+  const float origin = fmaxf(largest, -kLargestFloat);  // a chunk of masked tokens has mass 0
+  float mass = 0.0f;
+#pragma unroll
+  for (int u = 0; u < kVectors<T>; ++u)
+#pragma unroll
+    for (int j = 0; j < kVectorTokens<T>; ++j) mass += exp2_approximate((widen(v[u].data[j]) - origin) * scale);
+  mass += __shfl_xor_sync(0xffffffffu, mass, 1);
+  return mass + __shfl_xor_sync(0xffffffffu, mass, 2);
 }
 
-template <typename T, bool kAligned>
-__device__ Candidate draw(const SamplePlan& plan, const T* row, int64_t r, float temperature, Range tiles, float* partial,
-                          float* bound, float& seen) {
+// kFiltered: the chunks' largest logits and masses are written too.
+template <typename T, bool kAligned, bool kFiltered>
+__device__ Candidate draw(const SamplePlan& plan, const T* row, int64_t r, float temperature, Range tiles, float* bound,
+                          float& seen) {
   const VocabLayout& layout = plan.layout;
   Search<T> search(row, layout.vocab, static_cast<uint64_t>(plan.a.seeds[r]), temperature, bound);
+  Logits<T> v[kVectors<T>];
+  load_tile<T, kAligned>(row, layout, tiles.begin, v);
   if (threadIdx.x == 0) *bound = -INFINITY;
+  __syncthreads();
   for (int tile = tiles.begin; tile < tiles.end; ++tile) {
-    Logits<T> v[kVectors<T>];
-    float largest[kVectors<T>];
-    load_tile<T, kAligned>(row, layout, tile, v);
-#pragma unroll
-    for (int u = 0; u < kVectors<T>; ++u) {
-      largest[u] = largest_of(v[u]);
-      seen = max_or_nan(seen, largest[u]);
+    float larger[kPairs];
+    const float largest = larger_of_pairs<T>(v, larger);
+    seen = max_or_nan(seen, largest);
+    if (kFiltered) {
+      const int64_t chunk = r * layout.num_chunks() + ((tile << layout.log2_threads) + threadIdx.x) / kThreadsPerChunk;
+      const float largest_of_chunk = chunk_largest(largest);
+      const float mass = mass_of_chunk<T>(v, largest_of_chunk, search.scale);
+      if (threadIdx.x % kThreadsPerChunk == 0) plan.maxima[chunk] = largest_of_chunk, plan.masses[chunk] = mass;
     }
-    if (tile == tiles.begin) search.origin = fminf(fmaxf(block_max_or_nan(seen, partial), -kLargestFloat), kLargestFloat);
-    search.visit(vector_of<T>(layout, tile, 0, threadIdx.x), layout.threads, largest);
+    if (tile + 1 < tiles.end) load_tile<T, kAligned>(row, layout, tile + 1, v);  // arrives while this tile is searched
+    search.visit(vector_of<T>(layout, tile, 0, threadIdx.x), layout.threads, larger, largest, -kLargestFloat, tile == tiles.begin);
   }
   return search.best;
 }
@@ -94,28 +104,31 @@ __device__ void write_maxima(const SamplePlan& plan, const T* row, int64_t r, Ra
 
 template <typename T, bool kAligned>
 __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor) sample_kernel(SamplePlan plan) {
-  __shared__ float partial[kThreads / 32], bound;
+  __shared__ float bound;
   __shared__ Candidate bests[kThreads / 32];
+  wait_for_predecessors();
+  let_dependents_launch();
   const int64_t r = blockIdx.x / plan.splits;
-  const int split = blockIdx.x % plan.splits;
+  const int split = blockIdx.x % plan.splits, vocab = plan.layout.vocab;
   const T* row = static_cast<const T*>(plan.a.logits) + r * plan.a.stride;
   const Range tiles = tiles_of_block(plan, split);
   const RowOptions options(plan.a, r);
-  if (options.filtered(plan.layout.vocab)) return write_maxima<T, kAligned>(plan, row, r, tiles);
+  if (options.few(vocab)) return write_maxima<T, kAligned>(plan, row, r, tiles);
 
   float seen = -INFINITY;
-  Candidate best = options.greedy() ? take_largest<T, kAligned>(plan, row, tiles, seen)
-                                    : draw<T, kAligned>(plan, row, r, options.temperature, tiles, partial, &bound, seen);
+  Candidate best;
+  if (options.greedy()) best = take_largest<T, kAligned>(plan, row, tiles, seen);
+  else if (options.filtered(vocab)) best = draw<T, kAligned, true>(plan, row, r, options.temperature, tiles, &bound, seen);
+  else best = draw<T, kAligned, false>(plan, row, r, options.temperature, tiles, &bound, seen);
   if (!(seen <= kLargestFloat)) best.index = kInvalidRow;
-  const double inverse_temperature = options.greedy() ? 1.0 : 1.0 / static_cast<double>(options.temperature);
+  const double inverse_temperature = options.inverse_temperature();
   best = warp_best(best, inverse_temperature);
   if (threadIdx.x % 32 == 0) bests[threadIdx.x / 32] = best;
   __syncthreads();
   if (threadIdx.x != 0) return;
   for (int warp = 1; warp < static_cast<int>(blockDim.x / 32); ++warp)
     if (beats(bests[warp], best, inverse_temperature)) best = bests[warp];
-  if (plan.splits == 1) plan.a.out[r] = best.index < 0 ? -1 : best.index;
-  else plan.candidates[r * plan.splits + split] = best;
+  plan.candidates[r * plan.splits + split] = best;
 }
 
 int multiprocessors() {
@@ -125,15 +138,12 @@ int multiprocessors() {
   return count;
 }
 
-int64_t aligned_bytes(int64_t bytes) { return (bytes + 15) / 16 * 16; }
-
 template <typename T>
 const char* launch(const SamplePlan& plan, cudaStream_t stream) {
   const int64_t blocks = plan.a.num_rows * plan.splits;
   if (blocks > 2147483647) return "more than 2^31 - 1 blocks";
   auto* kernel = vectors_aligned<T>(plan.a.logits, plan.a.stride) ? sample_kernel<T, true> : sample_kernel<T, false>;
-  kernel<<<static_cast<unsigned>(blocks), plan.layout.threads, 0, stream>>>(plan);
-  const char* error = launch_error();
+  const char* error = launch_overlapped(kernel, static_cast<unsigned>(blocks), plan.layout.threads, 0, stream, plan);
   return error != nullptr ? error : launch_finish(plan, stream);
 }
 
@@ -143,12 +153,22 @@ int row_splits(int64_t num_rows, const VocabLayout& layout) {
   return static_cast<int>(wanted < layout.num_tiles ? wanted : (layout.num_tiles > 0 ? layout.num_tiles : 1));
 }
 
+// Lays the plan's arrays out behind `workspace` and returns their bytes.
+int64_t place_arrays(SamplePlan& plan, void* workspace) {
+  plan.splits = row_splits(plan.a.num_rows, plan.layout);
+  const int64_t num_chunks = plan.a.num_rows * plan.layout.num_chunks();
+  plan.candidates = static_cast<Candidate*>(workspace);
+  plan.maxima = reinterpret_cast<float*>(plan.candidates + plan.a.num_rows * plan.splits);
+  plan.masses = plan.maxima + num_chunks;
+  return reinterpret_cast<char*>(plan.masses + num_chunks) - static_cast<char*>(workspace);
+}
+
 }  // namespace
 
 int64_t sample_workspace_bytes(int64_t num_rows, int64_t vocab) {
-  const VocabLayout layout = vocab_layout(vocab, kThreads);
-  return num_rows * row_splits(num_rows, layout) * static_cast<int64_t>(sizeof(Candidate)) +
-         aligned_bytes(num_rows * layout.num_chunks() * static_cast<int64_t>(sizeof(float)));
+  SamplePlan plan{};
+  plan.a.num_rows = num_rows, plan.layout = vocab_layout(vocab, kThreads);
+  return place_arrays(plan, nullptr);
 }
 
 const char* launch_sample(const SampleArguments& a, void* stream) {
@@ -159,9 +179,8 @@ const char* launch_sample(const SampleArguments& a, void* stream) {
     const cudaError_t error = cudaMemsetAsync(a.out, 0xff, a.num_rows * sizeof(int64_t), s);
     return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
   }
-  SamplePlan plan{a, vocab_layout(a.vocab, kThreads), 1, static_cast<Candidate*>(a.workspace), nullptr};
-  plan.splits = row_splits(a.num_rows, plan.layout);
-  plan.maxima = reinterpret_cast<float*>(plan.candidates + a.num_rows * plan.splits);
+  SamplePlan plan{a, vocab_layout(a.vocab, kThreads), 1, nullptr, nullptr, nullptr};
+  place_arrays(plan, a.workspace);
   return dispatch_dtype(a.dtype, [&](auto* tag) { return launch<std::remove_pointer_t<decltype(tag)>>(plan, s); });
 }
 

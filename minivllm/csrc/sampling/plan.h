@@ -14,12 +14,15 @@ struct alignas(16) Candidate {
 };
 constexpr int kInvalidRow = -2;
 
+constexpr int kFew = 1024;  // up to this top-k the candidates are gathered, and nothing is drawn before
+
 struct SamplePlan {
   SampleArguments a;
   VocabLayout layout;
   int splits;             // blocks a row in the first kernel
-  Candidate* candidates;  // [num_rows, splits], written where splits > 1 and the row has no filter
+  Candidate* candidates;  // [num_rows, splits], written unless top-k is small
   float* maxima;          // [num_rows, num_chunks], written for rows with a filter
+  float* masses;          // the same, sums of exp((logit - the chunk's largest) / temperature), unless top-k is small
 };
 
 struct RowOptions {
@@ -29,11 +32,13 @@ struct RowOptions {
   __device__ RowOptions(const SampleArguments& a, int64_t row)
       : temperature(a.temperature[row]), top_p(a.top_p[row]), min_p(a.min_p[row]), top_k(a.top_k[row]) {}
 
+  __device__ double inverse_temperature() const { return greedy() ? 1.0 : 1.0 / static_cast<double>(temperature); }
   __device__ bool greedy() const { return !(temperature > 0.0f); }
   __device__ bool by_rank(int vocab) const { return top_k > 0 && top_k < vocab; }
   __device__ bool filtered(int vocab) const {
     return !greedy() && (by_rank(vocab) || top_p < 1.0f || min_p > 0.0f);
   }
+  __device__ bool few(int vocab) const { return !greedy() && by_rank(vocab) && top_k <= kFew; }
 };
 
 // Whether a beats b: by z + noise, where only differences of logits count, in float64, so that the answer does not hang on how a

@@ -6,12 +6,15 @@
 #include "common/vec.cuh"
 
 #include <cmath>
+#include <type_traits>
 
 namespace minivllm {
 
 constexpr int kTokensPerThread = 16;
 constexpr int kThreadsPerChunk = 4;
+constexpr int kPairs = kTokensPerThread / 2;
 constexpr float kLargestFloat = 3.402823466e38f;
+constexpr float kLog2e = 1.44269504f;
 
 template <typename T>
 constexpr int kVectorTokens = 16 / sizeof(T);
@@ -44,17 +47,49 @@ __device__ __forceinline__ float largest_of(const Vec<float, 4>& v) {
   return max_or_nan(max_or_nan(v.data[0], v.data[1]), max_or_nan(v.data[2], v.data[3]));
 }
 
-__device__ __forceinline__ float largest_of(const Vec<__nv_bfloat16, 8>& v) {
-  const auto* pairs = reinterpret_cast<const __nv_bfloat162*>(v.data);
-  const __nv_bfloat162 best = __hmax2_nan(__hmax2_nan(pairs[0], pairs[1]), __hmax2_nan(pairs[2], pairs[3]));
-  return max_or_nan(__low2float(best), __high2float(best));
+template <typename T>
+using Pair = std::conditional_t<std::is_same_v<T, __half>, __half2, __nv_bfloat162>;
+
+template <typename P>
+__device__ __forceinline__ float larger_of(const P& pair) { return max_or_nan(__low2float(pair), __high2float(pair)); }
+
+template <typename T>
+__device__ __forceinline__ float largest_of(const Vec<T, 8>& v) {
+  const auto* pairs = reinterpret_cast<const Pair<T>*>(v.data);
+  return larger_of(__hmax2_nan(__hmax2_nan(pairs[0], pairs[1]), __hmax2_nan(pairs[2], pairs[3])));
 }
 
-__device__ __forceinline__ float largest_of(const Vec<__half, 8>& v) {
-  const auto* pairs = reinterpret_cast<const __half2*>(v.data);
-  const __half2 best = __hmax2_nan(__hmax2_nan(pairs[0], pairs[1]), __hmax2_nan(pairs[2], pairs[3]));
-  return max_or_nan(__low2float(best), __high2float(best));
+// The larger of two neighbouring tokens, pair p of a vector.
+__device__ __forceinline__ float larger_of_pair(const Vec<float, 4>& v, int p) {
+  return max_or_nan(v.data[2 * p], v.data[2 * p + 1]);
 }
+
+template <typename T>
+__device__ __forceinline__ float larger_of_pair(const Vec<T, 8>& v, int p) {
+  return larger_of(reinterpret_cast<const Pair<T>*>(v.data)[p]);
+}
+
+// Sets `larger` to that of every pair and returns the largest of all.
+template <typename T>
+__device__ __forceinline__ float larger_of_pairs(const Logits<T> (&v)[kVectors<T>], float (&larger)[kPairs]) {
+  constexpr int kOfVector = kVectorTokens<T> / 2;
+  float largest = -INFINITY;
+#pragma unroll
+  for (int p = 0; p < kPairs; ++p) {
+    larger[p] = larger_of_pair(v[p / kOfVector], p % kOfVector);
+    largest = max_or_nan(largest, larger[p]);
+  }
+  return largest;
+}
+
+__device__ __forceinline__ float exp2_approximate(float x) {
+  float out;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(out) : "f"(x));
+  return out;
+}
+
+// exp(x / temperature) is exp2(x * scale).
+__device__ __forceinline__ float scale_of(float temperature) { return fminf(kLog2e / temperature, kLargestFloat); }
 
 __device__ __forceinline__ float warp_max_or_nan(float v) {
 #pragma unroll
@@ -77,12 +112,6 @@ __device__ __forceinline__ Logits<T> load_vector(const T* row, int v, int vocab)
 template <typename T>
 __device__ __forceinline__ int vector_of(const VocabLayout& layout, int tile, int u, int thread) {
   return ((tile * kVectors<T> + u) << layout.log2_threads) + thread;
-}
-
-template <typename T>
-__device__ __forceinline__ int chunk_of(const VocabLayout& layout, int v) {
-  const int tile = v / kVectors<T> >> layout.log2_threads;
-  return ((tile << layout.log2_threads) + (v & (layout.threads - 1))) / kThreadsPerChunk;
 }
 
 // Vector i of chunk c, i < kChunkVectors.

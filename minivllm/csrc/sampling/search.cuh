@@ -1,9 +1,9 @@
 // The search for the token with the largest logit / temperature + Gumbel noise, without making most of the noise.
 //
-// Noise costs ten rounds of Philox for four tokens and two logarithms a token. But noise beats t exactly when
-// u < 1 - exp(-exp(-t)), which is less than exp(-t): so one exponential of the largest of 16 logits bounds the random words that
-// could still win against the block's best token so far. Where even the smallest word is too large, no Philox is run at all, and
-// logarithms are taken only of words below the bound. The bound carries a margin for its rounding, so it never changes a draw.
+// Noise beats t exactly when u < 1 - exp(-exp(-t)), which is less than exp(-t): so one exponential of the larger of two logits
+// bounds the random words that could still win against the block's best token so far. Where the smallest word of all could not, no
+// Philox is run, and logarithms are taken only of words below the bound. The bound carries a margin for its rounding, so it never
+// changes a draw.
 #pragma once
 
 #include "sampling/noise.cuh"
@@ -11,22 +11,13 @@
 
 namespace minivllm {
 
-constexpr float kLog2e = 1.44269504f;
-
-__device__ __forceinline__ float exp2_approximate(float x) {
-  float out;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(out) : "f"(x));
-  return out;
-}
-
 // Raises a shared float; NaN never does.
 __device__ __forceinline__ void raise(float* shared, float value) {
   if (value >= 0.0f) atomicMax(reinterpret_cast<int*>(shared), __float_as_int(value + 0.0f));
   else if (value < 0.0f) atomicMin(reinterpret_cast<unsigned*>(shared), __float_as_uint(value));
 }
 
-// One row, searched by the threads of one block. Scores are in units of log 2 and relative to `origin`, good enough to tell what
-// cannot win.
+// One row, searched by the threads of one block. Scores are in units of log 2, good enough to tell what cannot win.
 template <typename T>
 struct Search {
   const T* row;
@@ -35,62 +26,74 @@ struct Search {
   double inverse_temperature;
   float scale;
   float* bound;  // shared: a score that some token of the block is known to reach, first -infinity
-  float origin = 0.0f;
-  float least = -INFINITY;  // smaller logits are not drawn
   Candidate best{-INFINITY, 0.0f, -1, 0};
 
   __device__ Search(const T* row, int vocab, uint64_t seed, float temperature, float* bound)
       : row(row), vocab(vocab), seed(seed), inverse_temperature(1.0 / static_cast<double>(temperature)),
-        scale(fminf(kLog2e / temperature, kLargestFloat)), bound(bound) {}
+        scale(scale_of(temperature)), bound(bound) {}
 
-  // 32 + log2 of the share of random words that could win; not above -1 where none can.
-  __device__ float chances(float logit) const {
-    return fmaf(logit - origin, scale, 32.0f - *static_cast<volatile float*>(bound));
-  }
-  static __device__ uint32_t largest_word(float chances) { return __float2uint_ru(exp2_approximate(chances)); }
-  static __device__ bool hopeless(float chances) { return !(chances > -1.02f); }
-  static __device__ uint32_t smallest(const uint4& words) { return min(min(words.x, words.y), min(words.z, words.w)); }
+  // 32 + log2 of the share of random words that could win; NaN where scores overflow, and then all could.
+  __device__ float chance(float logit, float to_beat) const { return fmaf(logit, scale, 32.0f - to_beat); }
+  static __device__ bool hopeless(float chance) { return chance <= -1.02f; }
+  static __device__ bool loses(uint32_t word, float chance) { return static_cast<float>(word) > exp2_approximate(chance); }
+  __device__ float reached() const { return *static_cast<volatile float*>(bound); }
 
   __device__ void consider(int token, float logit, uint32_t word) {
     const Candidate candidate{logit, gumbel(word), token, 0};
     if (beats(candidate, best, inverse_temperature)) best = candidate;
-    const float score = fmaf(logit - origin, scale, candidate.noise * kLog2e);
-    const float reached = score - (2e-4f + 2e-6f * fabsf(score));
-    if (reached > *static_cast<volatile float*>(bound)) raise(bound, reached);
+    const float score = fmaf(logit, scale, candidate.noise * kLog2e);
+    const float certain = score - (2e-4f + 2e-6f * fabsf(score));
+    if (certain > reached()) raise(bound, certain);
   }
 
-  // Four tokens with their random words. Rare, so it reads the logits again.
-  __device__ void consider_four(int first, const uint4& words) {
+  // The tokens of a group from the logit `least` upwards. Rare, so it reads the logits and makes the words again.
+  __device__ void consider_group(int group, float least) {
+    const uint4 words = philox(static_cast<uint32_t>(group), seed);
+    const float to_beat = reached();
+    uint32_t tokens = 0;  // as bits
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      const float logit = group * 4 + j < vocab ? widen(row[group * 4 + j]) : -INFINITY;
+      if (logit >= least && !loses(word_of(words, j), chance(logit, to_beat))) tokens |= 1u << j;
+    }
+    for (; tokens != 0; tokens &= tokens - 1) {
+      const int j = __ffs(tokens) - 1;
+      consider(group * 4 + j, widen(row[group * 4 + j]), word_of(words, j));
+    }
+  }
+
+  // The groups, as bits, that may hold a winner.
+  template <typename GroupOf>
+  __device__ __forceinline__ uint32_t possible(const GroupOf& group_of, const float (&larger)[kPairs], float largest) const {
+    const float to_beat = reached();
+    if (hopeless(chance(largest, to_beat))) return 0;
+    uint32_t groups = 0;
+#pragma unroll
+    for (int g = 0; g < kPairs / 2; ++g) {
+      const uint4 words = philox(static_cast<uint32_t>(group_of(g)), seed);
+      const bool of_first = !loses(min(words.x, words.y), chance(larger[2 * g], to_beat));
+      const bool of_second = !loses(min(words.z, words.w), chance(larger[2 * g + 1], to_beat));
+      if (of_first | of_second) groups |= 1u << g;
+    }
+    return groups;
+  }
+
+  // 16 tokens as vectors that lie `step` apart, v the first, with the larger logit of every pair and the largest of all; those below
+  // `least` are not drawn. `first` looks first at the thread's likeliest token, which gives the bound a good start.
+  __device__ __forceinline__ void visit(int v, int step, const float (&larger)[kPairs], float largest, float least, bool first) {
+    constexpr int kOfVector = kVectorTokens<T> / 4;  // groups
+    const auto group_of = [&](int g) { return (v + g / kOfVector * step) * kOfVector + g % kOfVector; };
+    if (!(largest >= least)) return;
 #pragma unroll 1
-    for (int j = 0; j < 4 && first + j < vocab; ++j) {
-      const float logit = widen(row[first + j]);
-      const float chance = chances(logit);
-      const uint32_t word = word_of(words, j);
-      if (logit >= least && !hopeless(chance) && word <= largest_word(chance)) consider(first + j, logit, word);
-    }
-  }
-
-  // 16 tokens: kVectors vectors that lie `step` apart, with the largest logit of each.
-  __device__ __forceinline__ void visit(int v, int step, const float (&largest)[kVectors<T>]) {
-    constexpr int kGroups = kVectorTokens<T> / 4;  // of four tokens in a vector
-    float top = largest[0];
+    for (int round = first ? 0 : 1; round < 2; ++round) {
+      uint32_t groups = 0;
+      if (round == 0) {
 #pragma unroll
-    for (int u = 1; u < kVectors<T>; ++u) top = fmaxf(top, largest[u]);
-    const float chance = chances(top);
-    if (!(top >= least) || hopeless(chance)) return;
-    uint4 words[kTokensPerThread / 4];
-    uint32_t lowest = 0xffffffffu;
-#pragma unroll
-    for (int g = 0; g < kTokensPerThread / 4; ++g) {
-      words[g] = philox(static_cast<uint32_t>((v + g / kGroups * step) * kGroups + g % kGroups), seed);
-      lowest = min(lowest, smallest(words[g]));
-    }
-    if (lowest > largest_word(chance)) return;
-#pragma unroll
-    for (int g = 0; g < kTokensPerThread / 4; ++g) {
-      const float chance_of_vector = chances(largest[g / kGroups]);
-      if (!hopeless(chance_of_vector) && smallest(words[g]) <= largest_word(chance_of_vector))
-        consider_four(((v + g / kGroups * step) * kGroups + g % kGroups) * 4, words[g]);
+        for (int p = 0; p < kPairs; ++p) groups = larger[p] == largest ? 1u << p / 2 : groups;
+      } else {
+        groups = possible(group_of, larger, largest);
+      }
+      for (; groups != 0; groups &= groups - 1) consider_group(group_of(__ffs(groups) - 1), round == 0 ? largest : least);
     }
   }
 };

@@ -15,8 +15,6 @@ constexpr int kMaxCandidates = 2048;
 constexpr int kMaxRanked = 256;              // candidates up to here are compared with each other
 constexpr uint32_t kLastFinite = 0x7f7fffff;  // key of the largest finite distance
 constexpr uint32_t kNoKey = 0xffffffff;
-constexpr int kMostSummed = 1 << 20;
-constexpr float kLinearBuckets = 64.0f;  // buckets for a distance of 1
 
 struct SelectShared {
   uint32_t low[kBuckets], high[kBuckets];  // weights in 64 bits; `high` holds the chunks to visit while candidates are gathered
@@ -80,11 +78,24 @@ __device__ __forceinline__ uint64_t block_scan(uint64_t v, SelectShared& s, uint
   return before + sum - v;
 }
 
-// What a threshold is to reach: a number of values, or a share of their mass, or a mass.
+// Sum over the block in a fixed order.
+__device__ __forceinline__ double block_sum(double v, SelectShared& s) {
+  auto* partial = reinterpret_cast<double*>(s.partial);
+#pragma unroll
+  for (int lane = 16; lane > 0; lane /= 2) v += __shfl_xor_sync(0xffffffffu, v, lane);
+  __syncthreads();
+  if (threadIdx.x % 32 == 0) partial[threadIdx.x / 32] = v;
+  __syncthreads();
+  v = 0.0;
+#pragma unroll
+  for (int warp = 0; warp < kSelectWarps; ++warp) v += partial[warp];
+  return v;
+}
+
+// What a threshold is to reach: a number of values, or a share of their mass.
 struct Target {
   uint64_t count = 0;
   float share = 0.0f;
-  uint64_t mass = 0;
 
   __device__ bool counts() const { return count > 0; }
   __device__ uint64_t weight(uint32_t key) const { return counts() ? 1 : mass_of(key); }
@@ -92,14 +103,13 @@ struct Target {
   // At least 1, so that the likeliest value is kept whatever the share.
   __device__ uint64_t needed(uint64_t total) const {
     if (counts()) return count;
-    if (mass > 0) return min(mass, total);
     const auto of_share = static_cast<uint64_t>(ceil(static_cast<double>(share) * static_cast<double>(total)));
     return max(of_share, uint64_t{1});
   }
 };
 
-inline __device__ Target of_count(uint64_t count) { return {count, 0.0f, 0}; }
-inline __device__ Target of_share(float share) { return {0, share, 0}; }
+inline __device__ Target of_count(uint64_t count) { return {count, 0.0f}; }
+inline __device__ Target of_share(float share) { return {0, share}; }
 
 __device__ __forceinline__ void add_to_bucket(SelectShared& s, uint32_t bucket, uint64_t weight) {
   const auto low = static_cast<uint32_t>(weight);
@@ -237,101 +247,70 @@ struct SelectRow {
     return value_of_key(low);
   }
 
-  // Calls f(v, vectors, wanted) for kVectors vectors kSelectThreads apart, those wanted whose chunk reaches the logit `least`.
+  // Calls f(v, vectors) for the 16 tokens of a thread in a tile, where their chunk reaches the logit `least`: vectors that lie
+  // layout.threads apart, v the first. Which tokens a thread sees, and when, hangs on nothing but the vocabulary.
   template <typename F>
-  __device__ void each_tile(float least, const F& f) const {
-    constexpr int N = kVectorTokens<T>, kAhead = kVectors<T>;
-    const int num_vectors = (layout.vocab + N - 1) / N;
-    for (int v = threadIdx.x; v < num_vectors; v += kSelectThreads * kAhead) {
-      Logits<T> vectors[kAhead];
-      bool wanted[kAhead];
-#pragma unroll
-      for (int u = 0; u < kAhead; ++u) {
-        const int index = v + u * kSelectThreads;
-        wanted[u] = index < num_vectors && maxima[chunk_of<T>(layout, index)] >= least;
-        if (wanted[u]) vectors[u] = load_vector<T, kAligned>(logits, index, layout.vocab);
+  __device__ void each_sixteen(float least, const F& f) const {
+    constexpr int kAhead = 32;
+    const int count = layout.num_tiles << layout.log2_threads;
+    for (int start = threadIdx.x; start < count; start += kAhead * kSelectThreads) {
+      uint32_t wanted = 0;
+#pragma unroll 8
+      for (int i = 0; i < kAhead; ++i) {
+        const int index = start + i * kSelectThreads;
+        if (index < count && maxima[index / kThreadsPerChunk] >= least) wanted |= 1u << i;
       }
-      f(v, vectors, wanted);
+      for (; wanted != 0; wanted &= wanted - 1) {
+        const int index = start + (__ffs(wanted) - 1) * kSelectThreads;
+        const int v = vector_of<T>(layout, index >> layout.log2_threads, 0, index & (layout.threads - 1));
+        Logits<T> vectors[kVectors<T>];
+#pragma unroll
+        for (int u = 0; u < kVectors<T>; ++u)
+          vectors[u] = load_vector<T, kAligned>(logits, v + (u << layout.log2_threads), layout.vocab);
+        f(v, vectors);
+      }
     }
   }
 
   // Calls f(token, logit) for every logit from `least` upwards; those beyond the row's end are -infinity.
   template <typename F>
   __device__ void each_logit(float least, const F& f) const {
-    each_tile(least, [&](int v, const Logits<T>(&vectors)[kVectors<T>], const bool(&wanted)[kVectors<T>]) {
+    each_sixteen(least, [&](int v, const Logits<T>(&vectors)[kVectors<T>]) {
 #pragma unroll
-      for (int u = 0; u < kVectors<T>; ++u) {
-        if (!wanted[u]) continue;
+      for (int u = 0; u < kVectors<T>; ++u)
 #pragma unroll
         for (int j = 0; j < kVectorTokens<T>; ++j) {
           const float logit = widen(vectors[u].data[j]);
-          if (logit >= least) f((v + u * kSelectThreads) * kVectorTokens<T> + j, logit);
+          if (logit >= least) f((v + (u << layout.log2_threads)) * kVectorTokens<T> + j, logit);
         }
-      }
     });
   }
 
-  // A bucket of distances 1/64 wide. It need not agree with `key` to the last bit, only with itself.
-  __device__ float scaled_distance(float logit) const {
-    return (largest - logit) * fminf(kLinearBuckets / temperature, kLargestFloat);
-  }
-
-  // For select_key: the keys of the wanted logits.
-  template <typename Wanted>
-  __device__ auto keys_from(float least, const Wanted& wanted) const {
-    return [this, least, wanted](uint32_t limit, const auto& f) {
-      each_logit(least, [&](int, float logit) {
-        if (wanted(logit) && key(logit) <= limit) f(key(logit));
+  // For select_key: the keys of the row.
+  __device__ auto keys() const {
+    return [this](uint32_t limit, const auto& f) {
+      each_logit(-kLargestFloat, [&](int, float logit) {
+        if (const uint32_t k = key(logit); k <= limit) f(k);
       });
     };
   }
 
-  // select_key over the row's logits from `least` upwards: a histogram of distances finds the bucket, its few tokens the key.
-  __device__ uint32_t select_in_row(SelectShared& s, float least, const Target& target) const {
-    const auto any = [](float) { return true; };
-    if (layout.vocab >= kMostSummed) return select_key(s, keys_from(least, any), kLastFinite, target);
-    clear_buckets(s);
-    each_logit(least, [&](int, float logit) {
-      const float distance = scaled_distance(logit);
-      const int bucket = min(static_cast<int>(distance), kBuckets - 1);
-      if (target.counts()) {
-        atomicAdd(&s.low[bucket], 1u);
-      } else if (bucket < kBuckets - 1) {  // beyond a distance of 32 is no mass
-        const float rest = (distance - static_cast<float>(bucket)) * (1.0f / kLinearBuckets);
-        const float share = 1.0f - rest * (1.0f - rest * (0.5f - rest * (1.0f / 6)));  // exp(-rest), rest < 1/64
-        const auto mass = static_cast<uint32_t>(share * 0x1p24f + 0.5f);
-        atomicAdd(&s.low[bucket], mass & 0xfff);  // in two halves, which kMostSummed tokens do not overflow
-        atomicAdd(&s.high[bucket], mass >> 12);
-      }
+  // Sum of f(logit) over the row's logits from `least` upwards, in an order that hangs on nothing but the vocabulary.
+  template <typename F>
+  __device__ double sum(SelectShared& s, float least, const F& f) const {
+    double total = 0.0;
+    each_sixteen(least, [&](int, const Logits<T>(&vectors)[kVectors<T>]) {
+      float part = 0.0f;
+#pragma unroll
+      for (int u = 0; u < kVectors<T>; ++u)
+#pragma unroll
+        for (int j = 0; j < kVectorTokens<T>; ++j) {
+          const float logit = widen(vectors[u].data[j]);
+          part += logit >= least ? f(logit) : 0.0f;
+        }
+      total += part;
     });
-    uint64_t needed = 0;
-    const int found = find_bucket(s, target, needed, [&](const SelectShared& shared, int bucket) -> uint64_t {
-      const uint64_t sum = (uint64_t{shared.high[bucket]} << 12) + shared.low[bucket];
-      if (target.counts()) return sum;
-      return __double2ull_rn(static_cast<double>(sum) * expf(static_cast<float>(bucket) * (-1.0f / kLinearBuckets)) * 65536.0);
-    });
-    if (found < 0) return kNoKey;
-    const Target rest = target.counts() ? of_count(needed) : Target{0, 0.0f, needed};
-    const auto in_bucket = [&](float logit) { return min(static_cast<int>(scaled_distance(logit)), kBuckets - 1) == found; };
-    const int n = collect(s, least, in_bucket);
-    if (n >= 0) return select_gathered(s, n, kLastFinite, rest);
-    const auto keys = keys_from(least, in_bucket);
-    return select_key(s, keys, kLastFinite, rest);
-  }
-
-  // Writes the keys of the wanted logits to shared memory. Returns how many they are, or -1 where there is no room.
-  template <typename Wanted>
-  __device__ int collect(SelectShared& s, float least, const Wanted& wanted) const {
-    __syncthreads();
-    if (threadIdx.x == 0) s.count = 0;
-    __syncthreads();
-    each_logit(least, [&](int, float logit) {
-      if (!wanted(logit)) return;
-      const int place = atomicAdd(&s.count, 1);
-      if (place < kMaxCandidates) s.keys[place] = key(logit);
-    });
-    __syncthreads();
-    return s.count > kMaxCandidates ? -1 : s.count;
+    return block_sum(total, s);
   }
 
   // A key that at least `count` tokens do not exceed, from the chunks' largest logits; kLastFinite where there are fewer chunks.
