@@ -42,20 +42,22 @@ __device__ Candidate best_of_block(FinishShared& s, Candidate best, double inver
   return warp_best(s.bests[threadIdx.x % kSelectWarps], inverse_temperature);
 }
 
-// The best token of key <= limit in the whole row.
+// The best token of key <= limit in the whole row. `scores` tell what each sixteen's are at most, where that is known.
 template <typename T, bool kAligned>
-__device__ Candidate draw_up_to(FinishShared& s, const SelectRow<T, kAligned>& row, uint32_t limit, uint64_t seed) {
+__device__ Candidate draw_up_to(FinishShared& s, const SelectRow<T, kAligned>& row, const float* scores, uint32_t limit,
+                                uint64_t seed) {
   __syncthreads();
   if (threadIdx.x == 0) s.bound = -INFINITY;
   __syncthreads();
   Search<T> search(row.logits, row.layout.vocab, seed, row.temperature, &s.bound);
   const float least = row.least_logit(limit);
-  bool first = true;
-  row.each_sixteen(least, [&](int v, const Logits<T>(&vectors)[kVectors<T>]) {
+  row.each_sixteen(least, [&](int sixteen) {
+    if (scores != nullptr && search.loses(scores[sixteen])) return;
+    Logits<T> vectors[kVectors<T>];
     float larger[kPairs];
+    const int v = row.load_sixteen(sixteen, vectors);
     const float largest = larger_of_pairs<T>(vectors, larger);
-    search.visit(v, row.layout.threads, larger, largest, least, first);
-    first = false;
+    search.visit(v, row.layout.threads, larger, largest, least);
   });
   return best_of_block(s, search.best, search.inverse_temperature);
 }
@@ -70,10 +72,11 @@ __device__ double mass_of_row(FinishShared& s, const SelectRow<T, kAligned>& row
   return block_sum(mass, s.select);
 }
 
-// For rows without a small top-k: `best` is the best token of all, or kNone where that is not known.
+// For rows without a small top-k: `best` is the best token of all; or for those with one, kNone, for then it is not known.
 template <typename T, bool kAligned>
 __device__ Candidate draw_kept(FinishShared& s, const SelectRow<T, kAligned>& row, const SamplePlan& plan, int64_t r,
                                Candidate best) {
+  const float* scores = best.index < 0 ? nullptr : plan.scores + r * row.layout.num_sixteens();
   const float scale = scale_of(row.temperature), top_p = plan.a.top_p[r], min_p = plan.a.min_p[r];
   const auto mass = [&](float logit) { return exp2_approximate((logit - row.largest) * scale); };
   const auto one = [](float) { return 1.0f; };
@@ -94,7 +97,7 @@ __device__ Candidate draw_kept(FinishShared& s, const SelectRow<T, kAligned>& ro
     return (top_k == 0 || row.sum(s.select, larger, one) < top_k) && (top_p >= 1.0f || row.sum(s.select, larger, mass) < most);
   };
   for (;; best = kNone) {
-    if (best.index < 0) best = draw_up_to(s, row, limit, static_cast<uint64_t>(plan.a.seeds[r]));
+    if (best.index < 0) best = draw_up_to(s, row, scores, limit, static_cast<uint64_t>(plan.a.seeds[r]));
     const uint32_t key = row.key(best.logit);
     if (best.index < 0 || keeps(key)) return best;
     limit = min(limit, key - 1);

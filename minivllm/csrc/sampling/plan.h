@@ -23,6 +23,7 @@ struct SamplePlan {
   Candidate* candidates;  // [num_rows, splits], written unless top-k is small
   float* maxima;          // [num_rows, num_chunks], written for rows with a filter
   float* masses;          // the same, sums of exp((logit - the chunk's largest) / temperature), unless top-k is small
+  float* scores;          // [num_rows, num_sixteens], what the scores of a thread's tokens of a tile are at most (search.cuh); the same
 };
 
 struct RowOptions {

@@ -26,6 +26,7 @@ using Logits = Vec<T, kVectorTokens<T>>;
 struct VocabLayout {
   int vocab, threads, log2_threads, num_tiles;
 
+  __host__ __device__ int num_sixteens() const { return num_tiles * threads; }
   __host__ __device__ int num_chunks() const { return num_tiles * (threads / kThreadsPerChunk); }
 };
 
@@ -88,6 +89,12 @@ __device__ __forceinline__ float exp2_approximate(float x) {
   return out;
 }
 
+__device__ __forceinline__ float log2_approximate(float x) {
+  float out;
+  asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(out) : "f"(x));
+  return out;
+}
+
 // exp(x / temperature) is exp2(x * scale).
 __device__ __forceinline__ float scale_of(float temperature) { return fminf(kLog2e / temperature, kLargestFloat); }
 
@@ -127,15 +134,16 @@ __device__ __forceinline__ int vector_of_chunk(const VocabLayout& layout, int c,
 // This thread's vectors of a tile; whole tiles need no look at the row's end.
 template <typename T, bool kAligned>
 __device__ __forceinline__ void load_tile(const T* row, const VocabLayout& layout, int tile, Logits<T> (&v)[kVectors<T>]) {
+  const int thread = threadIdx.x & (layout.threads - 1);
   if (kAligned && (tile + 1) * kTokensPerThread << layout.log2_threads <= layout.vocab) {
-    const auto* first = reinterpret_cast<const Logits<T>*>(row) + vector_of<T>(layout, tile, 0, threadIdx.x);
+    const auto* first = reinterpret_cast<const Logits<T>*>(row) + vector_of<T>(layout, tile, 0, thread);
 #pragma unroll
     for (int u = 0; u < kVectors<T>; ++u) v[u] = first[u << layout.log2_threads];
     return;
   }
 #pragma unroll
   for (int u = 0; u < kVectors<T>; ++u)
-    v[u] = load_vector<T, kAligned>(row, vector_of<T>(layout, tile, u, threadIdx.x), layout.vocab);
+    v[u] = load_vector<T, kAligned>(row, vector_of<T>(layout, tile, u, thread), layout.vocab);
 }
 
 // The chunk's largest logit, from the largest of each of its threads; every thread of the warp must call.

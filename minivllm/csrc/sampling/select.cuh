@@ -236,46 +236,51 @@ struct SelectRow {
     largest = block_max_or_nan(seen, s);
   }
 
-  // The smallest logit whose key does not exceed the limit: bisection, for keys never rise with the logit.
+  // The smallest logit whose key does not exceed the limit. Keys never rise with the logit, so each round the warp's lanes try 32
+  // values that cut the range into equal parts.
   __device__ float least_logit(uint32_t limit) const {
     uint32_t low = value_key(largest), high = value_key(-kLargestFloat);  // value keys fall with the logit
     while (low < high) {
-      const uint32_t middle = low + (high - low + 1) / 2;
-      if (key(value_of_key(middle)) <= limit) low = middle;
-      else high = middle - 1;
+      const auto cut = [low, span = uint64_t{high - low}](uint32_t i) { return low + static_cast<uint32_t>((span * i + 31) / 32); };
+      const bool within = key(value_of_key(cut(threadIdx.x % 32 + 1))) <= limit;
+      const int count = __popc(__ballot_sync(0xffffffffu, within));
+      if (count < 32) high = cut(count + 1) - 1;
+      low = cut(count);
     }
     return value_of_key(low);
   }
 
-  // Calls f(v, vectors) for the 16 tokens of a thread in a tile, where their chunk reaches the logit `least`: vectors that lie
-  // layout.threads apart, v the first. Which tokens a thread sees, and when, hangs on nothing but the vocabulary.
+  // Calls f(i) for the numbers of the sixteens (a thread's tokens of a tile) whose chunk reaches the logit `least`. Which ones a
+  // thread sees, and when, hangs on nothing but the vocabulary.
   template <typename F>
   __device__ void each_sixteen(float least, const F& f) const {
     constexpr int kAhead = 32;
-    const int count = layout.num_tiles << layout.log2_threads;
-    for (int start = threadIdx.x; start < count; start += kAhead * kSelectThreads) {
+    for (int start = threadIdx.x; start < layout.num_sixteens(); start += kAhead * kSelectThreads) {
       uint32_t wanted = 0;
 #pragma unroll 8
       for (int i = 0; i < kAhead; ++i) {
-        const int index = start + i * kSelectThreads;
-        if (index < count && maxima[index / kThreadsPerChunk] >= least) wanted |= 1u << i;
+        const int sixteen = start + i * kSelectThreads;
+        if (sixteen < layout.num_sixteens() && maxima[sixteen / kThreadsPerChunk] >= least) wanted |= 1u << i;
       }
-      for (; wanted != 0; wanted &= wanted - 1) {
-        const int index = start + (__ffs(wanted) - 1) * kSelectThreads;
-        const int v = vector_of<T>(layout, index >> layout.log2_threads, 0, index & (layout.threads - 1));
-        Logits<T> vectors[kVectors<T>];
-#pragma unroll
-        for (int u = 0; u < kVectors<T>; ++u)
-          vectors[u] = load_vector<T, kAligned>(logits, v + (u << layout.log2_threads), layout.vocab);
-        f(v, vectors);
-      }
+      for (; wanted != 0; wanted &= wanted - 1) f(start + (__ffs(wanted) - 1) * kSelectThreads);
     }
+  }
+
+  // Loads the vectors of a sixteen; the first of them, and the others layout.threads apart.
+  __device__ int load_sixteen(int sixteen, Logits<T> (&vectors)[kVectors<T>]) const {
+    const int v = vector_of<T>(layout, sixteen >> layout.log2_threads, 0, sixteen & (layout.threads - 1));
+#pragma unroll
+    for (int u = 0; u < kVectors<T>; ++u)
+      vectors[u] = load_vector<T, kAligned>(logits, v + (u << layout.log2_threads), layout.vocab);
+    return v;
   }
 
   // Calls f(token, logit) for every logit from `least` upwards; those beyond the row's end are -infinity.
   template <typename F>
   __device__ void each_logit(float least, const F& f) const {
-    each_sixteen(least, [&](int v, const Logits<T>(&vectors)[kVectors<T>]) {
+    each_sixteen(least, [&](int sixteen) {
+      Logits<T> vectors[kVectors<T>];
+      const int v = load_sixteen(sixteen, vectors);
 #pragma unroll
       for (int u = 0; u < kVectors<T>; ++u)
 #pragma unroll
@@ -299,7 +304,9 @@ struct SelectRow {
   template <typename F>
   __device__ double sum(SelectShared& s, float least, const F& f) const {
     double total = 0.0;
-    each_sixteen(least, [&](int, const Logits<T>(&vectors)[kVectors<T>]) {
+    each_sixteen(least, [&](int sixteen) {
+      Logits<T> vectors[kVectors<T>];
+      load_sixteen(sixteen, vectors);
       float part = 0.0f;
 #pragma unroll
       for (int u = 0; u < kVectors<T>; ++u)
