@@ -87,6 +87,24 @@ def test_large_rows(dtype: torch.dtype, shape: str, seed: int) -> None:
     assert_right_draws(ops.sample(logits.cuda(), **on_gpu(p)).cpu(), logits, p)
 
 
+@pytest.mark.parametrize("dtype", FLOAT_DTYPES)
+@pytest.mark.parametrize("scale", (0.0, 0.5, 3.0))
+def test_filters_that_refuse_the_best_tokens(dtype: torch.dtype, scale: float, seed: int) -> None:
+    """A token that no filter asks about is drawn first; here most are refused, some several times over."""
+    rows = 48
+    logits = randn(rows, VOCAB, seed=seed, dtype=torch.float32, device="cuda", scale=scale)
+    logits = (logits + 0.01 * torch.arange(VOCAB, device="cuda").remainder(97)).to(dtype)
+    p = on_gpu(parameters(rows, seed=seed))
+    p["top_p"][:36] = torch.linspace(0.001, 0.6, 36)
+    p["min_p"][30:42] = torch.linspace(0.01, 0.9, 12)
+    p["top_k"][20:30] = 5000
+    p["top_k"][42:] = torch.tensor([1025, 1500, 2000, 4000, 8000, VOCAB - 1])
+    got = ops.sample(logits, **p)
+    unfiltered = on_gpu(parameters(rows, seed=seed))
+    assert (got != ops.sample(logits, **unfiltered)).sum() > rows // 4
+    assert_right_draws(got, logits, p)
+
+
 def test_rows_beyond_2_to_the_31_elements(seed: int) -> None:
     stride = 2**31 + 8
     wide = torch.full((stride + 1000,), float("nan"), dtype=torch.bfloat16, device="cuda")

@@ -2,8 +2,8 @@
 //
 // Noise is -log(-log(1 - u)), which is less than -log(u). So one logarithm of the smaller of two random words, and the larger of the
 // two logits, bound two scores from above; exact noise, which takes two long logarithms, is made only of what could still win against
-// the best token that the block has found so far. The likeliest winner of each thread goes first, so that few others are left. Where
-// no word at all could make a winner, no Philox is run. Bounds carry a margin for their rounding, so they never change a draw.
+// the best token that the block has found so far. Each thread's likeliest winner goes first, so that few others are left. Where no
+// word at all could make a winner, no Philox is run. Bounds carry a margin for their rounding, so they never change a draw.
 #pragma once
 
 #include "sampling/noise.cuh"
@@ -57,26 +57,38 @@ struct Search {
   __device__ float most_of(float logit, uint32_t word) const {
     return fmaf(logit, scale, 32.0f) - log2_approximate(static_cast<float>(word));
   }
+  // And at least, without exact noise: -log(1 - u) is less than u + u^2 up to u = 1/2. For few words so small that the half added to
+  // them in u counts, nothing is promised.
+  static __device__ float least_of(float most, uint32_t word) {
+    const float u = static_cast<float>(word) * 0x1p-32f;
+    return word >= 4096 && u < 0.5f ? most - (1.45f * u + 4e-4f + 2e-6f * fabsf(most)) : -INFINITY;
+  }
+
+  __device__ void reach(float certain) {
+    if (certain > reached()) raise(bound, certain);
+  }
 
   __device__ void consider(int token, float logit, uint32_t word) {
     const Candidate candidate{logit, gumbel(word), token, 0};
     if (beats(candidate, best, inverse_temperature)) best = candidate;
     const float score = fmaf(logit, scale, candidate.noise * kLog2e);
-    const float certain = score - (2e-4f + 2e-6f * fabsf(score));
-    if (certain > reached()) raise(bound, certain);
+    reach(score - (2e-4f + 2e-6f * fabsf(score)));
   }
 
   // The tokens of a group from the logit `least` upwards. Rare, so it reads the logits and makes the words again.
   __device__ void consider_group(int group, float least) {
     const uint4 words = philox(static_cast<uint32_t>(group), seed);
-    float logits[4], most[4];
+    float logits[4], most[4], certain = -INFINITY;
     uint32_t left = 0;
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
       logits[j] = group * 4 + j < vocab ? widen(row[group * 4 + j]) : -INFINITY;
       most[j] = most_of(logits[j], word_of(words, j));
-      if (logits[j] >= least) left |= 1u << j;
+      if (!(logits[j] >= least)) continue;
+      left |= 1u << j;
+      certain = fmaxf(certain, least_of(most[j], word_of(words, j)));
     }
+    reach(certain);  // so that of all the threads that come here at once, few need exact noise
     while (left != 0) {
       const uint32_t bit = bit_of_largest(most, left);
       if (loses(value_of_bit(most, bit))) break;
