@@ -1,5 +1,5 @@
-// sample on CUDA, the pass over memory. Every row is read once, by as many blocks as the GPU has room for at once. A greedy
-// row keeps its largest logit, any other row the best of logit / temperature + Gumbel noise: filters or not, that is most often the
+// sample on CUDA, the pass over memory. Every row is read once, by as many blocks as the GPU has room for at once. A greedy row
+// keeps its largest logit, any other row the best of logit / temperature + Gumbel noise: filters or not, that is most often the
 // token drawn. A row with filters keeps the largest logit and the mass of every chunk as well; one with a small top-k, only the
 // former. The second kernel (sample_filter.cu) puts the parts together.
 //
@@ -46,11 +46,11 @@ __device__ __forceinline__ float mass_of_chunk(const Logits<T> (&v)[kVectors<T>]
   return mass + __shfl_xor_sync(0xffffffffu, mass, 2);
 }
 
-// Each warp takes the block's next tile when it is done with one, so that all end at the same time. kFiltered: what the second kernel
-// needs to draw again is written too.
+// Each warp takes the block's next tile when it is done with one, so that all end at the same time. kFiltered: what the second
+// kernel needs to draw again is written too.
 template <typename T, bool kAligned, bool kFiltered>
-__device__ Candidate draw(const SamplePlan& plan, const T* row, int64_t r, float temperature, Range tiles, Logits<T> (&v)[kVectors<T>],
-                          SampleShared& s, float& seen) {
+__device__ Candidate draw(const SamplePlan& plan, const T* row, int64_t r, float temperature, Range tiles,
+                          Logits<T> (&v)[kVectors<T>], SampleShared& s, float& seen) {
   const VocabLayout& layout = plan.layout;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   Search<T> search(row, layout.vocab, static_cast<uint64_t>(plan.a.seeds[r]), temperature, &s.bound);
@@ -125,8 +125,8 @@ __global__ void __launch_bounds__(kWarps * 32, kBlocksPerMultiprocessor) sample_
   const int split = blockIdx.x % plan.splits, vocab = plan.layout.vocab, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const T* row = static_cast<const T*>(plan.a.logits) + r * plan.a.stride;
   const Range tiles = tiles_of_block(plan, split);
-  Logits<T> v[kVectors<T>];
-  if (tiles.begin + warp < tiles.end) load_tile<T, kAligned>(row, plan.layout, tiles.begin + warp, v);  // arrives with the options
+  Logits<T> v[kVectors<T>];  // the warp's first tile, on its way before the options are known
+  if (tiles.begin + warp < tiles.end) load_tile<T, kAligned>(row, plan.layout, tiles.begin + warp, v);
   const RowOptions options(plan.a, r);
   if (options.few(vocab)) return write_maxima<T, kAligned>(plan, row, r, tiles, v);
 
@@ -164,7 +164,8 @@ const char* launch(const SamplePlan& plan, cudaStream_t stream) {
 }
 
 int row_splits(int64_t num_rows, const VocabLayout& layout) {
-  const int64_t room = int64_t{kBlocksPerMultiprocessor} * multiprocessors(), most = (layout.num_tiles + kLeastTiles - 1) / kLeastTiles;
+  const int64_t room = int64_t{kBlocksPerMultiprocessor} * multiprocessors();
+  const int64_t most = (layout.num_tiles + kLeastTiles - 1) / kLeastTiles;
   const int64_t wanted = num_rows > 0 && num_rows < room ? room / num_rows : 1;
   return static_cast<int>(wanted < most ? wanted : (most > 0 ? most : 1));
 }

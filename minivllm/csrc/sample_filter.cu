@@ -1,12 +1,12 @@
-// sample on CUDA, the second kernel: one block a row. It puts together the parts of a row that several blocks have read, and for a
-// row with filters it makes sure that the token drawn is one that they keep.
+// sample on CUDA, the second kernel: one block a row. It puts together the parts of a row that several blocks have read, and
+// for a row with filters it makes sure that the token drawn is one that they keep.
 //
-// With a small top-k the k-th largest chunk maximum bounds the k-th largest logit from below, so a few hundred candidates in shared
-// memory are enough for all that follows. Without it nothing is sorted or searched: the token with the best score of all is drawn if
-// the filters keep it, which is so when the tokens likelier than it are few enough and hold too little mass. Else only those are
-// left, and the best score among them is the next to be asked. All others are out, so this ends at the largest logit at the latest;
-// where top-p is 0.9, nine rows of ten end with the first token. Few chunks have a logit as large as that of a token that was drawn,
-// and only those are read again.
+// With a small top-k the k-th largest chunk maximum bounds the k-th largest logit from below, so a few hundred candidates in
+// shared memory are enough for all that follows. Without it nothing is sorted or searched: the token with the best score of all
+// is drawn if the filters keep it, which is so when the tokens likelier than it are few enough and hold too little mass. Else
+// only those are left, and the best score among them is the next to be asked. All others are out, so this ends at the largest
+// logit at the latest; where top-p is 0.9, nine rows of ten end with the first token. Few chunks have a logit as large as that
+// of a token that was drawn, and only those are read again.
 #include <cuda_runtime.h>
 
 #include "common/launch.cuh"
@@ -42,8 +42,8 @@ __device__ Candidate best_of_block(FinishShared& s, Candidate best, double inver
   return warp_best(s.bests[threadIdx.x % kSelectWarps], inverse_temperature);
 }
 
-// The best token of key <= limit in the whole row. `scores` tell what each sixteen's are at most, where that is known: then every
-// thread first looks where it is highest, which leaves little else.
+// The best token of key <= limit in the whole row. `scores` tell what each sixteen's are at most, where that is known: then
+// every thread first looks where it is highest, which leaves little else.
 template <typename T, bool kAligned>
 __device__ Candidate draw_up_to(FinishShared& s, const SelectRow<T, kAligned>& row, const float* scores, uint32_t limit,
                                 uint64_t seed) {
@@ -157,8 +157,8 @@ __global__ void __launch_bounds__(kSelectThreads, 2) finish_kernel(SamplePlan pl
   if (!filtered && threadIdx.x >= 32) return;
   Candidate best = few ? kNone : best_part(plan, r, options.inverse_temperature());
   if (few || (filtered && best.index >= 0)) {
-    SelectRow<T, kAligned> row{static_cast<const T*>(plan.a.logits) + r * plan.a.stride, plan.maxima + r * num_chunks, plan.layout,
-                               0.0f, options.temperature};
+    const T* logits = static_cast<const T*>(plan.a.logits) + r * plan.a.stride;
+    SelectRow<T, kAligned> row{logits, plan.maxima + r * num_chunks, plan.layout, 0.0f, options.temperature};
     row.find_largest(s.select);
     if (!few) best = draw_kept(s, row, plan, r, best);
     else if (fabsf(row.largest) <= kLargestFloat) best = draw_of_few(s, row, plan, r);  // false for NaN

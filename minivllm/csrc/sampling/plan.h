@@ -1,5 +1,5 @@
-// What the two kernels of `sample` share: the first reads every row once (sample.cu), the second finishes the rows that were cut
-// among several blocks and draws for those with filters (sample_filter.cu).
+// What the two kernels of `sample` share: the first reads every row once (sample.cu), the second finishes the rows that were
+// cut among several blocks and draws for those with filters (sample_filter.cu).
 #pragma once
 
 #include "sample.h"
@@ -23,7 +23,7 @@ struct SamplePlan {
   Candidate* candidates;  // [num_rows, splits], written unless top-k is small
   float* maxima;          // [num_rows, num_chunks], written for rows with a filter
   float* masses;          // the same, sums of exp((logit - the chunk's largest) / temperature), unless top-k is small
-  float* scores;          // [num_rows, num_sixteens], what the scores of a thread's tokens of a tile are at most (search.cuh); the same
+  float* scores;          // [num_rows, num_sixteens], the same, bounds of the scores of a thread's tokens of a tile (search.cuh)
 };
 
 struct RowOptions {
@@ -42,8 +42,8 @@ struct RowOptions {
   __device__ bool few(int vocab) const { return !greedy() && by_rank(vocab) && top_k <= kFew; }
 };
 
-// Whether a beats b: by z + noise, where only differences of logits count, in float64, so that the answer does not hang on how a
-// row was cut; by the lower index where that is the same.
+// Whether a beats b: by z + noise, where only differences of logits count, in float64, so that the answer does not hang on how
+// a row was cut; by the lower index where that is the same.
 __device__ __forceinline__ bool beats(const Candidate& a, const Candidate& b, double inverse_temperature) {
   if (a.index < 0 || b.index < 0) return b.index == kInvalidRow ? false : a.index == kInvalidRow || (a.index >= 0);
   const double lead = (static_cast<double>(a.logit) - b.logit) * inverse_temperature + (static_cast<double>(a.noise) - b.noise);

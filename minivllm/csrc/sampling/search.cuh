@@ -1,9 +1,10 @@
 // The search for the token with the largest logit / temperature + Gumbel noise, without making most of the noise.
 //
-// Noise is -log(-log(1 - u)), which is less than -log(u). So one logarithm of the smaller of two random words, and the larger of the
-// two logits, bound two scores from above; exact noise, which takes two long logarithms, is made only of what could still win against
-// the best token that the block has found so far. Each thread's likeliest winner goes first, so that few others are left. Where no
-// word at all could make a winner, no Philox is run. Bounds carry a margin for their rounding, so they never change a draw.
+// Noise is -log(-log(1 - u)), which is less than -log(u). So one logarithm of the smaller of two random words, and the larger
+// of the two logits, bound two scores from above; exact noise, which takes two long logarithms, is made only of what could
+// still win against the best token that the block has found so far. Each thread's likeliest winner goes first, so that few
+// others are left. Where no word at all could make a winner, no Philox is run. Bounds carry a margin for their rounding, so
+// they never change a draw.
 #pragma once
 
 #include "sampling/noise.cuh"
@@ -57,8 +58,8 @@ struct Search {
   __device__ float most_of(float logit, uint32_t word) const {
     return fmaf(logit, scale, 32.0f) - log2_approximate(static_cast<float>(word));
   }
-  // And at least, without exact noise: -log(1 - u) is less than u + u^2 up to u = 1/2. For few words so small that the half added to
-  // them in u counts, nothing is promised.
+  // And at least, without exact noise: -log(1 - u) is less than u + u^2 up to u = 1/2. For few words so small that the half
+  // added to them in u counts, nothing is promised.
   static __device__ float least_of(float most, uint32_t word) {
     const float u = static_cast<float>(word) * 0x1p-32f;
     return word >= 4096 && u < 0.5f ? most - (1.45f * u + 4e-4f + 2e-6f * fabsf(most)) : -INFINITY;
@@ -98,8 +99,8 @@ struct Search {
     }
   }
 
-  // 16 tokens as vectors that lie `step` apart, v the first, with the larger logit of every pair and the largest of all; those below
-  // `least` are not drawn. Returns what their scores are at most.
+  // 16 tokens as vectors that lie `step` apart, v the first, with the larger logit of every pair and the largest of all; those
+  // below `least` are not drawn. Returns what their scores are at most.
   __device__ __forceinline__ float visit(int v, int step, const float (&larger)[kPairs], float largest, float least) {
     constexpr int kOfVector = kVectorTokens<T> / 4;  // groups
     const auto group_of = [&](int g) { return (v + g / kOfVector * step) * kOfVector + g % kOfVector; };

@@ -1,7 +1,7 @@
-// Selection without sorting, by one block of kSelectThreads threads. Values are ordered by a key: the bits of a distance from the
-// row's largest logit, so that 0 is the likeliest and smaller means likelier. A threshold is found either by ranking a few values in
-// shared memory against each other, or by histograms of 11, 11 and 10 bits of the keys (radix selection). Weights are counts or
-// masses in fixed point: sums of integers do not hang on their order.
+// Selection without sorting, by one block of kSelectThreads threads. Values are ordered by a key: the bits of a distance from
+// the row's largest logit, so that 0 is the likeliest and smaller means likelier. A threshold is found either by ranking a few
+// values in shared memory against each other, or by histograms of 11, 11 and 10 bits of the keys (radix selection). Weights are
+// counts or masses in fixed point: sums of integers do not hang on their order.
 #pragma once
 
 #include "sampling/rows.cuh"
@@ -129,8 +129,8 @@ __device__ __forceinline__ uint64_t weight_of_bucket(const SelectShared& s, int 
   return (uint64_t{s.high[bucket]} << 32) + s.low[bucket];
 }
 
-// The bucket in which the weights, added up from bucket 0, reach `needed` (which is set from their total where it is 0, and loses
-// what lies before the bucket); -1 where all together do not.
+// The bucket in which the weights, added up from bucket 0, reach `needed` (which is set from their total where it is 0, and
+// loses what lies before the bucket); -1 where all together do not.
 template <typename Weight>
 __device__ __forceinline__ int find_bucket(SelectShared& s, const Target& target, uint64_t& needed, const Weight& weight) {
   constexpr int kMine = kBuckets / kSelectThreads;
@@ -156,8 +156,8 @@ __device__ __forceinline__ int find_bucket(SelectShared& s, const Target& target
   return bucket;
 }
 
-// The smallest key up to which the values' weights reach the target; kNoKey where all of them do not. `each(limit, f)` calls f(key)
-// for every value of key <= limit.
+// The smallest key up to which the values' weights reach the target; kNoKey where all of them do not. `each(limit, f)` calls
+// f(key) for every value of key <= limit.
 template <typename Each>
 __device__ uint32_t select_key(SelectShared& s, const Each& each, uint32_t limit, const Target& target) {
   uint64_t needed = 0;
@@ -237,12 +237,13 @@ struct SelectRow {
     largest = block_max_or_nan(seen, s);
   }
 
-  // The smallest logit whose key does not exceed the limit. Keys never rise with the logit, so each round the warp's lanes try 32
-  // values that cut the range into equal parts.
+  // The smallest logit whose key does not exceed the limit. Keys never rise with the logit, so each round the warp's lanes try
+  // 32 values that cut the range into equal parts.
   __device__ float least_logit(uint32_t limit) const {
     uint32_t low = value_key(largest), high = value_key(-kLargestFloat);  // value keys fall with the logit
     while (low < high) {
-      const auto cut = [low, span = uint64_t{high - low}](uint32_t i) { return low + static_cast<uint32_t>((span * i + 31) / 32); };
+      const uint64_t span = high - low;
+      const auto cut = [low, span](uint32_t i) { return low + static_cast<uint32_t>((span * i + 31) / 32); };
       const bool within = key(value_of_key(cut(threadIdx.x % 32 + 1))) <= limit;
       const int count = __popc(__ballot_sync(0xffffffffu, within));
       if (count < 32) high = cut(count + 1) - 1;
@@ -323,7 +324,8 @@ struct SelectRow {
     return block_sum(total, s);
   }
 
-  // A key that at least `count` tokens do not exceed, from the chunks' largest logits; kLastFinite where there are fewer chunks.
+  // A key that at least `count` tokens do not exceed, from the chunks' largest logits; kLastFinite where there are fewer
+  // chunks.
   __device__ uint32_t bound_of_count(SelectShared& s, uint64_t count) const {
     if (count > static_cast<uint64_t>(layout.num_chunks())) return kLastFinite;
     clear_buckets(s);
@@ -336,8 +338,8 @@ struct SelectRow {
     return bucket < 0 ? kLastFinite : min(kLastFinite, (static_cast<uint32_t>(bucket + 1) << 20) - 1);
   }
 
-  // Writes the tokens of key <= limit whose logit is above `least` to shared memory, in no order. Returns how many they are, or -1
-  // where there is no room.
+  // Writes the tokens of key <= limit whose logit is above `least` to shared memory, in no order. Returns how many they are, or
+  // -1 where there is no room.
   __device__ int gather(SelectShared& s, uint32_t limit, float least = -INFINITY) const {
     __syncthreads();
     if (threadIdx.x == 0) s.count = 0;
