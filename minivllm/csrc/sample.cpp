@@ -255,14 +255,14 @@ inline float gumbel(uint32_t word) {
   return -log_of_parts(exponent, mantissa - 1.0f);
 }
 
-// Philox4x32-10 (Salmon, Moraes, Dror and Shaw 2011): the words of tokens [64 c, 64 c + 64), four a counter.
+// Philox4x32-7 (Salmon, Moraes, Dror and Shaw 2011): the words of tokens [64 c, 64 c + 64), four a counter.
 inline void philox_chunk(uint64_t seed, int64_t c, uint32_t* words) {
 #pragma omp simd
   for (uint32_t b = 0; b < kChunk / 4; ++b) {
     uint32_t c0 = static_cast<uint32_t>(c) * (kChunk / 4) + b, c1 = 0, c2 = 0, c3 = 0;
     uint32_t key0 = static_cast<uint32_t>(seed), key1 = static_cast<uint32_t>(seed >> 32);
-#pragma GCC unroll 10
-    for (int round = 0; round < 10; ++round) {
+#pragma GCC unroll 7
+    for (int round = 0; round < 7; ++round) {
       const uint64_t product0 = uint64_t{0xD2511F53u} * c0, product1 = uint64_t{0xCD9E8D57u} * c2;
       c0 = static_cast<uint32_t>(product1 >> 32) ^ c1 ^ key0;
       c1 = static_cast<uint32_t>(product1);

@@ -20,7 +20,7 @@ constexpr int kLeastTiles = 4;  // of a block, which is then one tile a warp
 
 struct SampleShared {
   float bound;
-  int next_tile;
+  unsigned next_tile;
   Candidate bests[kWarps];
 };
 
@@ -32,6 +32,13 @@ struct Range {
 __device__ __forceinline__ Range tiles_of_block(const SamplePlan& plan, int split) {
   const int64_t tiles = plan.layout.num_tiles;
   return {static_cast<int>(tiles * split / plan.splits), static_cast<int>(tiles * (split + 1) / plan.splits)};
+}
+
+// The warp's next tile. The limit is never reached; of an increment without one the compiler makes the sum of several lanes'.
+__device__ __forceinline__ int take_tile(unsigned* next_tile) {
+  unsigned tile = 0;
+  if (threadIdx.x % 32 == 0) tile = atomicInc(next_tile, 0x7fffffff);
+  return static_cast<int>(__shfl_sync(0xffffffffu, tile, 0));
 }
 
 template <typename T>
@@ -49,18 +56,18 @@ __device__ __forceinline__ float mass_of_chunk(const Logits<T> (&v)[kVectors<T>]
 // Each warp takes the block's next tile when it is done with one, so that all end at the same time. kFiltered: what the second
 // kernel needs to draw again is written too.
 template <typename T, bool kAligned, bool kFiltered>
-__device__ Candidate draw(const SamplePlan& plan, const T* row, int64_t r, float temperature, Range tiles,
-                          Logits<T> (&v)[kVectors<T>], SampleShared& s, float& seen) {
+__device__ Candidate draw(const SamplePlan& plan, const T* row, int64_t r, float temperature, Range tiles, SampleShared& s,
+                          float& seen) {
   const VocabLayout& layout = plan.layout;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   Search<T> search(row, layout.vocab, static_cast<uint64_t>(plan.a.seeds[r]), temperature, &s.bound);
   int tile = tiles.begin + warp;
-  if (threadIdx.x == 0) s.bound = -INFINITY, s.next_tile = tiles.begin + static_cast<int>(blockDim.x / 32);
+  Logits<T> v[kVectors<T>];
+  if (tile < tiles.end) load_tile<T, kAligned>(row, layout, tile, v);
+  if (threadIdx.x == 0) s.bound = -INFINITY, s.next_tile = tiles.begin + blockDim.x / 32;
   __syncthreads();
   while (tile < tiles.end) {
-    int next = 0;
-    if (lane == 0) next = atomicAdd(&s.next_tile, 1);
-    next = __shfl_sync(0xffffffffu, next, 0);
+    const int next = take_tile(&s.next_tile);
     float larger[kPairs];
     const float largest = larger_of_pairs<T>(v, larger);
     seen = max_or_nan(seen, largest);
@@ -80,14 +87,14 @@ __device__ Candidate draw(const SamplePlan& plan, const T* row, int64_t r, float
 }
 
 template <typename T, bool kAligned>
-__device__ Candidate take_largest(const SamplePlan& plan, const T* row, Range tiles, Logits<T> (&v)[kVectors<T>], float& seen) {
+__device__ Candidate take_largest(const SamplePlan& plan, const T* row, Range tiles, float& seen) {
   constexpr int N = kVectorTokens<T>;
   const VocabLayout& layout = plan.layout;
   float best = -INFINITY;
   int best_vector = -1;
-  const int first = tiles.begin + static_cast<int>(threadIdx.x / 32);
-  for (int tile = first; tile < tiles.end; tile += blockDim.x / 32) {
-    if (tile != first) load_tile<T, kAligned>(row, layout, tile, v);
+  for (int tile = tiles.begin + threadIdx.x / 32; tile < tiles.end; tile += blockDim.x / 32) {
+    Logits<T> v[kVectors<T>];
+    load_tile<T, kAligned>(row, layout, tile, v);
 #pragma unroll
     for (int u = 0; u < kVectors<T>; ++u) {
       const float largest = largest_of(v[u]);
@@ -102,11 +109,11 @@ __device__ Candidate take_largest(const SamplePlan& plan, const T* row, Range ti
 }
 
 template <typename T, bool kAligned>
-__device__ void write_maxima(const SamplePlan& plan, const T* row, int64_t r, Range tiles, Logits<T> (&v)[kVectors<T>]) {
+__device__ void write_maxima(const SamplePlan& plan, const T* row, int64_t r, Range tiles) {
   const VocabLayout& layout = plan.layout;
-  const int first = tiles.begin + static_cast<int>(threadIdx.x / 32);
-  for (int tile = first; tile < tiles.end; tile += blockDim.x / 32) {
-    if (tile != first) load_tile<T, kAligned>(row, layout, tile, v);
+  for (int tile = tiles.begin + threadIdx.x / 32; tile < tiles.end; tile += blockDim.x / 32) {
+    Logits<T> v[kVectors<T>];
+    load_tile<T, kAligned>(row, layout, tile, v);
     float largest = largest_of(v[0]);
 #pragma unroll
     for (int u = 1; u < kVectors<T>; ++u) largest = max_or_nan(largest, largest_of(v[u]));
@@ -125,16 +132,14 @@ __global__ void __launch_bounds__(kWarps * 32, kBlocksPerMultiprocessor) sample_
   const int split = blockIdx.x % plan.splits, vocab = plan.layout.vocab, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const T* row = static_cast<const T*>(plan.a.logits) + r * plan.a.stride;
   const Range tiles = tiles_of_block(plan, split);
-  Logits<T> v[kVectors<T>];  // the warp's first tile, on its way before the options are known
-  if (tiles.begin + warp < tiles.end) load_tile<T, kAligned>(row, plan.layout, tiles.begin + warp, v);
   const RowOptions options(plan.a, r);
-  if (options.few(vocab)) return write_maxima<T, kAligned>(plan, row, r, tiles, v);
+  if (options.few(vocab)) return write_maxima<T, kAligned>(plan, row, r, tiles);
 
   float seen = -INFINITY;
   Candidate best;
-  if (options.greedy()) best = take_largest<T, kAligned>(plan, row, tiles, v, seen);
-  else if (options.filtered(vocab)) best = draw<T, kAligned, true>(plan, row, r, options.temperature, tiles, v, s, seen);
-  else best = draw<T, kAligned, false>(plan, row, r, options.temperature, tiles, v, s, seen);
+  if (options.greedy()) best = take_largest<T, kAligned>(plan, row, tiles, seen);
+  else if (options.filtered(vocab)) best = draw<T, kAligned, true>(plan, row, r, options.temperature, tiles, s, seen);
+  else best = draw<T, kAligned, false>(plan, row, r, options.temperature, tiles, s, seen);
   if (!(seen <= kLargestFloat)) best.index = kInvalidRow;
   const double inverse_temperature = options.inverse_temperature();
   best = warp_best(best, inverse_temperature);

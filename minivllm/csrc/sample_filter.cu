@@ -42,8 +42,7 @@ __device__ Candidate best_of_block(FinishShared& s, Candidate best, double inver
   return warp_best(s.bests[threadIdx.x % kSelectWarps], inverse_temperature);
 }
 
-// The best token of key <= limit in the whole row. `scores` tell what each sixteen's are at most, where that is known: then
-// every thread first looks where it is highest, which leaves little else.
+// The best token of key <= limit in the whole row. `scores` tell what each sixteen's are at most, where that is known.
 template <typename T, bool kAligned>
 __device__ Candidate draw_up_to(FinishShared& s, const SelectRow<T, kAligned>& row, const float* scores, uint32_t limit,
                                 uint64_t seed) {
@@ -52,29 +51,15 @@ __device__ Candidate draw_up_to(FinishShared& s, const SelectRow<T, kAligned>& r
   __syncthreads();
   Search<T> search(row.logits, row.layout.vocab, seed, row.temperature, &s.bound);
   const float least = row.least_logit(limit);
-  int likeliest = -1;
-  if (scores != nullptr) {
-    float highest = -INFINITY;
-#pragma unroll 8
-    for (int i = threadIdx.x; i < row.layout.num_sixteens(); i += kSelectThreads)
-      if (row.reaches(i, least) && scores[i] > highest) highest = scores[i], likeliest = i;
-  }
-#pragma unroll 1
-  for (bool others = scores == nullptr;; others = true) {
-    const auto wanted = [&](int sixteen) {
-      if (!others) return sixteen == likeliest;
-      return row.reaches(sixteen, least) && (scores == nullptr || !search.loses(scores[sixteen]));
-    };
-    row.each_sixteen(wanted, [&](int sixteen) {
-      Logits<T> vectors[kVectors<T>];
-      float larger[kPairs];
-      const int v = row.load_sixteen(sixteen, vectors);
-      const float largest = larger_of_pairs<T>(vectors, larger);
-      search.visit(v, row.layout.threads, larger, largest, least);
-    });
-    if (others) return best_of_block(s, search.best, search.inverse_temperature);
-    __syncthreads();
-  }
+  row.each_sixteen(least, [&](int sixteen) {
+    if (scores != nullptr && search.loses(scores[sixteen])) return;
+    Logits<T> vectors[kVectors<T>];
+    float larger[kPairs];
+    const int v = row.load_sixteen(sixteen, vectors);
+    const float largest = larger_of_pairs<T>(vectors, larger);
+    search.visit(v, row.layout.threads, larger, largest, least);
+  });
+  return best_of_block(s, search.best, search.inverse_temperature);
 }
 
 // The mass of the row in units of the largest logit's.

@@ -19,8 +19,10 @@ _MASK = 0xFFFFFFFF
 Words = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
-def philox_4x32_10(counter: Words, key: tuple[Tensor, Tensor]) -> Words:
-    """Philox4x32-10 (Salmon, Moraes, Dror and Shaw 2011, "Parallel random numbers: as easy as 1, 2, 3").
+def philox_4x32_7(counter: Words, key: tuple[Tensor, Tensor]) -> Words:
+    """Philox4x32-7 (Salmon, Moraes, Dror and Shaw 2011, "Parallel random numbers: as easy as 1, 2, 3").
+
+    Of the numbers of rounds with which it passes BigCrush, the paper's fastest recommendation; more cost time on a GPU.
 
     Args:
         counter: four int64 tensors of 32-bit words that broadcast with each other and the key.
@@ -30,7 +32,7 @@ def philox_4x32_10(counter: Words, key: tuple[Tensor, Tensor]) -> Words:
         Four int64 tensors of random 32-bit words. A product of two words wraps in int64; its bits are right even so.
     """
     (c0, c1, c2, c3), (k0, k1) = counter, key
-    for _ in range(10):
+    for _ in range(7):
         product0, product1 = c0 * 0xD2511F53, c2 * 0xCD9E8D57
         c0, c2 = (product1 >> 32 & _MASK) ^ c1 ^ k0, (product0 >> 32 & _MASK) ^ c3 ^ k1
         c1, c3 = product1 & _MASK, product0 & _MASK
@@ -43,7 +45,7 @@ def philox_words(seeds: Tensor, vocab: int) -> Tensor:
     blocks = torch.arange((vocab + 3) // 4, device=seeds.device).unsqueeze(0)
     zero = torch.zeros_like(blocks)
     key = (seeds & _MASK).unsqueeze(1), (seeds >> 32 & _MASK).unsqueeze(1)
-    return torch.stack(philox_4x32_10((blocks, zero, zero, zero), key), -1).flatten(1)[:, :vocab]
+    return torch.stack(philox_4x32_7((blocks, zero, zero, zero), key), -1).flatten(1)[:, :vocab]
 
 
 def gumbel_noise(words: Tensor) -> Tensor:

@@ -80,8 +80,8 @@ def assert_right_draws(got: Tensor, logits: Tensor, p: dict[str, Tensor]) -> Non
 
 
 def plain_philox(counter: list[int], key: list[int]) -> list[int]:
-    """Philox4x32-10 from the paper, in Python's integers."""
-    for _ in range(10):
+    """Philox4x32-7 from the paper, in Python's integers."""
+    for _ in range(7):
         first, second = 0xD2511F53 * counter[0], 0xCD9E8D57 * counter[2]
         counter = [second >> 32 ^ counter[1] ^ key[0], second % 2**32, first >> 32 ^ counter[3] ^ key[1], first % 2**32]
         key = [(key[0] + 0x9E3779B9) % 2**32, (key[1] + 0xBB67AE85) % 2**32]

@@ -1,4 +1,4 @@
-// The random numbers of `sample` on the device: Philox4x32-10 and the Gumbel noise made of its words, as ops/sample.py says.
+// The random numbers of `sample` on the device: Philox4x32-7 and the Gumbel noise made of its words, as ops/sample.py says.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -14,12 +14,12 @@ __device__ __forceinline__ void multiply(uint32_t a, uint32_t b, uint32_t& high,
   asm("mov.b64 {%0, %1}, %2;" : "=r"(low), "=r"(high) : "l"(product));
 }
 
-// Philox4x32-10 (Salmon, Moraes, Dror and Shaw 2011) with counter (block, 0, 0, 0): the words of tokens [4 block, 4 block + 4).
+// Philox4x32-7 (Salmon, Moraes, Dror and Shaw 2011) with counter (block, 0, 0, 0): the words of tokens [4 block, 4 block + 4).
 __device__ __forceinline__ uint4 philox(uint32_t block, uint64_t seed) {
   uint32_t c0 = block, c1 = 0, c2 = 0, c3 = 0;
   uint32_t key0 = static_cast<uint32_t>(seed), key1 = static_cast<uint32_t>(seed >> 32);
 #pragma unroll
-  for (int round = 0; round < 10; ++round) {
+  for (int round = 0; round < 7; ++round) {
     uint32_t high0, low0, high1, low1;
     multiply(c0, 0xD2511F53u, high0, low0);
     multiply(c2, 0xCD9E8D57u, high1, low1);

@@ -23,7 +23,7 @@ struct SamplePlan {
   Candidate* candidates;  // [num_rows, splits], written unless top-k is small
   float* maxima;          // [num_rows, num_chunks], written for rows with a filter
   float* masses;          // the same, sums of exp((logit - the chunk's largest) / temperature), unless top-k is small
-  float* scores;          // [num_rows, num_sixteens], the same, bounds of the scores of a thread's tokens of a tile (search.cuh)
+  float* scores;          // [num_rows, num_sixteens], the same: bounds of the scores of a thread's tokens of a tile (search)
 };
 
 struct RowOptions {

@@ -53,43 +53,31 @@ struct Search {
         scale(scale_of(temperature)), bound(bound) {}
 
   __device__ float reached() const { return *static_cast<volatile float*>(bound); }
-  // NaN, which no comparison takes for a loser, only where the logit is masked or scores overflow.
+  // False for NaN, which comes only where a logit is masked or scores overflow.
   __device__ bool loses(float most) const { return most < reached(); }
   __device__ float most_of(float logit, uint32_t word) const {
     return fmaf(logit, scale, 32.0f) - log2_approximate(static_cast<float>(word));
-  }
-  // And at least, without exact noise: -log(1 - u) is less than u + u^2 up to u = 1/2. For few words so small that the half
-  // added to them in u counts, nothing is promised.
-  static __device__ float least_of(float most, uint32_t word) {
-    const float u = static_cast<float>(word) * 0x1p-32f;
-    return word >= 4096 && u < 0.5f ? most - (1.45f * u + 4e-4f + 2e-6f * fabsf(most)) : -INFINITY;
-  }
-
-  __device__ void reach(float certain) {
-    if (certain > reached()) raise(bound, certain);
   }
 
   __device__ void consider(int token, float logit, uint32_t word) {
     const Candidate candidate{logit, gumbel(word), token, 0};
     if (beats(candidate, best, inverse_temperature)) best = candidate;
     const float score = fmaf(logit, scale, candidate.noise * kLog2e);
-    reach(score - (2e-4f + 2e-6f * fabsf(score)));
+    const float certain = score - (2e-4f + 2e-6f * fabsf(score));
+    if (certain > reached()) raise(bound, certain);
   }
 
   // The tokens of a group from the logit `least` upwards. Rare, so it reads the logits and makes the words again.
   __device__ void consider_group(int group, float least) {
     const uint4 words = philox(static_cast<uint32_t>(group), seed);
-    float logits[4], most[4], certain = -INFINITY;
+    float logits[4], most[4];
     uint32_t left = 0;
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
       logits[j] = group * 4 + j < vocab ? widen(row[group * 4 + j]) : -INFINITY;
       most[j] = most_of(logits[j], word_of(words, j));
-      if (!(logits[j] >= least)) continue;
-      left |= 1u << j;
-      certain = fmaxf(certain, least_of(most[j], word_of(words, j)));
+      if (logits[j] >= least) left |= 1u << j;
     }
-    reach(certain);  // so that of all the threads that come here at once, few need exact noise
     while (left != 0) {
       const uint32_t bit = bit_of_largest(most, left);
       if (loses(value_of_bit(most, bit))) break;
@@ -104,7 +92,8 @@ struct Search {
   __device__ __forceinline__ float visit(int v, int step, const float (&larger)[kPairs], float largest, float least) {
     constexpr int kOfVector = kVectorTokens<T> / 4;  // groups
     const auto group_of = [&](int g) { return (v + g / kOfVector * step) * kOfVector + g % kOfVector; };
-    if (const float most = fmaf(largest, scale, kMostNoise); !(largest >= least) || loses(most)) return most;
+    const float to_beat = reached();
+    if (const float most = fmaf(largest, scale, kMostNoise); !(largest >= least) || most < to_beat) return most;
     float most[kGroups];
 #pragma unroll
     for (int g = 0; g < kGroups; ++g) {
@@ -112,7 +101,7 @@ struct Search {
       most[g] = fmaxf(most_of(larger[2 * g], min(words.x, words.y)), most_of(larger[2 * g + 1], min(words.z, words.w)));
     }
     const float most_of_all = fmaxf(fmaxf(most[0], most[1]), fmaxf(most[2], most[3]));
-    uint32_t left = loses(most_of_all) ? 0 : (1u << kGroups) - 1;
+    uint32_t left = most_of_all < to_beat ? 0 : (1u << kGroups) - 1;
     while (left != 0) {
       const uint32_t bit = bit_of_largest(most, left);
       if (loses(value_of_bit(most, bit))) break;

@@ -252,21 +252,19 @@ struct SelectRow {
     return value_of_key(low);
   }
 
-  // Whether the chunk of a sixteen (a thread's tokens of a tile, counted through the tiles) reaches the logit `least`.
-  __device__ bool reaches(int sixteen, float least) const { return maxima[sixteen / kThreadsPerChunk] >= least; }
-
-  // Calls f(i) for the sixteens that are wanted. Which of them a thread sees, and when, hangs on nothing but the vocabulary.
-  template <typename Wanted, typename F>
-  __device__ void each_sixteen(const Wanted& wanted, const F& f) const {
+  // Calls f(i) for the sixteens (a thread's tokens of a tile, counted through the tiles) whose chunk reaches the logit `least`.
+  // Which of them a thread sees, and when, hangs on nothing but the vocabulary.
+  template <typename F>
+  __device__ void each_sixteen(float least, const F& f) const {
     constexpr int kAhead = 32;
     for (int start = threadIdx.x; start < layout.num_sixteens(); start += kAhead * kSelectThreads) {
-      uint32_t left = 0;
+      uint32_t wanted = 0;
 #pragma unroll 8
       for (int i = 0; i < kAhead; ++i) {
         const int sixteen = start + i * kSelectThreads;
-        if (sixteen < layout.num_sixteens() && wanted(sixteen)) left |= 1u << i;
+        if (sixteen < layout.num_sixteens() && maxima[sixteen / kThreadsPerChunk] >= least) wanted |= 1u << i;
       }
-      for (; left != 0; left &= left - 1) f(start + (__ffs(left) - 1) * kSelectThreads);
+      for (; wanted != 0; wanted &= wanted - 1) f(start + (__ffs(wanted) - 1) * kSelectThreads);
     }
   }
 
@@ -282,7 +280,7 @@ struct SelectRow {
   // Calls f(token, logit) for every logit from `least` upwards; those beyond the row's end are -infinity.
   template <typename F>
   __device__ void each_logit(float least, const F& f) const {
-    each_sixteen([&](int sixteen) { return reaches(sixteen, least); }, [&](int sixteen) {
+    each_sixteen(least, [&](int sixteen) {
       Logits<T> vectors[kVectors<T>];
       const int v = load_sixteen(sixteen, vectors);
 #pragma unroll
@@ -308,7 +306,7 @@ struct SelectRow {
   template <typename F>
   __device__ double sum(SelectShared& s, float least, const F& f) const {
     double total = 0.0;
-    each_sixteen([&](int sixteen) { return reaches(sixteen, least); }, [&](int sixteen) {
+    each_sixteen(least, [&](int sixteen) {
       Logits<T> vectors[kVectors<T>];
       load_sixteen(sixteen, vectors);
       float part = 0.0f;
