@@ -20,7 +20,7 @@ constexpr int kLeastTiles = 4;  // of a block, which is then one tile a warp
 
 struct SampleShared {
   float bound;
-  unsigned next_tile;
+  int next_tile;
   Candidate bests[kWarps];
 };
 
@@ -32,13 +32,6 @@ struct Range {
 __device__ __forceinline__ Range tiles_of_block(const SamplePlan& plan, int split) {
   const int64_t tiles = plan.layout.num_tiles;
   return {static_cast<int>(tiles * split / plan.splits), static_cast<int>(tiles * (split + 1) / plan.splits)};
-}
-
-// The warp's next tile. The limit is never reached; of an increment without one the compiler makes the sum of several lanes'.
-__device__ __forceinline__ int take_tile(unsigned* next_tile) {
-  unsigned tile = 0;
-  if (threadIdx.x % 32 == 0) tile = atomicInc(next_tile, 0x7fffffff);
-  return static_cast<int>(__shfl_sync(0xffffffffu, tile, 0));
 }
 
 template <typename T>
@@ -64,10 +57,12 @@ __device__ Candidate draw(const SamplePlan& plan, const T* row, int64_t r, float
   int tile = tiles.begin + warp;
   Logits<T> v[kVectors<T>];
   if (tile < tiles.end) load_tile<T, kAligned>(row, layout, tile, v);
-  if (threadIdx.x == 0) s.bound = -INFINITY, s.next_tile = tiles.begin + blockDim.x / 32;
+  if (threadIdx.x == 0) s.bound = -INFINITY, s.next_tile = tiles.begin + static_cast<int>(blockDim.x / 32);
   __syncthreads();
   while (tile < tiles.end) {
-    const int next = take_tile(&s.next_tile);
+    int next = 0;
+    if (lane == 0) next = atomicAdd(&s.next_tile, 1);
+    next = __shfl_sync(0xffffffffu, next, 0);
     float larger[kPairs];
     const float largest = larger_of_pairs<T>(v, larger);
     seen = max_or_nan(seen, largest);
