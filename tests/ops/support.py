@@ -27,15 +27,15 @@ def randn(*shape: int, seed: int, dtype: torch.dtype, device: str, scale: float 
     return (torch.randn(*shape, generator=generator(seed)) * scale).to(device, dtype)
 
 
-def assert_close_to_exact(got: Tensor, exact: Tensor, torch_result: Tensor, *, factor: float = 2.0) -> None:
-    """`got` is within `factor` times the error of `torch_result`, both against the float64 result `exact`."""
+def assert_close_to_exact(got: Tensor, exact: Tensor, torch_result: Tensor) -> None:
+    """`got` is within twice the error of `torch_result`, both against the float64 result `exact`."""
     assert got.dtype == torch_result.dtype and got.shape == exact.shape
     wide = got.double()
     assert torch.isfinite(wide).all(), "the result holds NaN or infinity"
     error = (wide - exact).abs().max().item() if exact.numel() else 0.0
     torch_error = (torch_result.double() - exact).abs().max().item() if exact.numel() else 0.0
     rounding = torch.finfo(got.dtype).eps * max(exact.abs().max().item() if exact.numel() else 0.0, 1e-6)
-    limit = factor * torch_error + rounding
+    limit = 2.0 * torch_error + rounding
     assert error <= limit, f"error {error:.3e} exceeds {limit:.3e} (PyTorch's own error is {torch_error:.3e})"
 
 
