@@ -26,7 +26,7 @@ DECODED = (
     (8, 4, 256),
     (16, 1, 256),
     (4, 2, 80),
-    (40, 40, 64),
+    (20, 20, 32),
 )
 # Borders of tiles (16 keys) and chunks (256), and the changes from one chunk size to another
 LENGTHS = [1, 15, 16, 17, 63, 64, 65, 255, 256, 257, 0, 512, 513, 1000, 4097, 8193]

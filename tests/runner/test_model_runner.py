@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
 from collections import deque
 from pathlib import Path
@@ -17,6 +18,7 @@ from minivllm.layers import attention
 from minivllm.runner import readouts
 from minivllm.runner.logits_editor import LogitsEditor
 from minivllm.runner.readouts import Readouts
+from tests.ops.support import no_device_sync
 from tests.runner.driver import BLOCK, VOCAB, Driver, Flight, Sequence, check_logprobs, random_wants
 from tests.small_models import make_checkpoint
 
@@ -277,12 +279,9 @@ def test_a_launch_never_waits_for_the_gpu(
             for slot in range(4)
         ]  # fmt: skip
         driver.copy(2, 3)
-        torch.cuda.set_sync_debug_mode("error" if strict else "default")
-        try:
+        with no_device_sync() if strict else contextlib.nullcontext():
             flights = [driver.launch([], [(sequence, 10) for sequence in sequences])]
             flights.append(driver.launch([], [(sequence, 100) for sequence in sequences]))
             flights.append(driver.launch(sequences[1:]))
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
         for flight in flights:
             driver.land(flight)

@@ -116,7 +116,7 @@ __global__ void __launch_bounds__(kThreads)
     const PlanCut from = cuts[i], to = cuts[i + 1];
     const int first = first_row(from, to);
     pieces[i].from = from, pieces[i].to = to;
-    if (first < count) pieces[i].first = rows[first];
+    pieces[i].first = first < count ? rows[first] : PlanRow{};
   }
 }
 

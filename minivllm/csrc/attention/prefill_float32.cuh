@@ -1,8 +1,9 @@
 // Attention of float32 tensors: the same walk over keys as prefill.cuh, on CUDA cores, because tensor cores would round the
 // operands (tf32). For tests and small float32 models; not tuned beyond coalesced loads and broadcasts from shared memory.
 //
-// A rounding error grows with the number of terms that one sum takes one after the other. So outputs are summed in two levels:
-// over the keys of a span of tiles, and over spans; spans begin at fixed keys, so that neighbours change no bit of a row.
+// A rounding error grows with the number of terms that one sum takes one after the other. So scores and outputs are summed in two
+// levels: over chains of elements, and the keys of a span of tiles, then over those. Spans begin at fixed keys, so that neighbours
+// change no bit of a row.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -18,7 +19,8 @@ struct FloatTiles {
   static constexpr int kHeadDim = kHeadDim_, kWarps = 4, kThreads = 128, kWarpRows = 8, kRows = kWarps * kWarpRows, kKeys = 32;
   static constexpr int kPitch = kHeadDim + 4;  // 16-byte reads of one column of 8 rows meet 8 different groups of banks
   static constexpr int kColumns = kHeadDim / 32, kBlocks = kHeadDim <= 128 ? 3 : 2;
-  static constexpr int kSpan = 8;  // tiles: 256 keys
+  static constexpr int kSpan = 8;    // tiles: 256 keys
+  static constexpr int kChain = 16;  // elements of a head
   static constexpr int kSharedBytes = 4 * (kRows * kHeadDim + kKeys * kPitch + kWarps * kKeys * kWarpRows);
 };
 
@@ -67,10 +69,10 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocks)
     load(p.k, n);
     __syncthreads();
     float scores[C::kWarpRows] = {};
-    for (int part = 0; part < C::kHeadDim; part += 64) {  // short chains of sums: rounding errors grow with their length
+    for (int part = 0; part < C::kHeadDim; part += C::kChain) {
       float partial[C::kWarpRows] = {};
 #pragma unroll 1
-      for (int d = part; d < part + 64; d += 4) {
+      for (int d = part; d < part + C::kChain; d += 4) {
         const float4 k = *reinterpret_cast<const float4*>(shared_kv + lane * C::kPitch + d);
 #pragma unroll
         for (int r = 0; r < C::kWarpRows; ++r) {
