@@ -18,8 +18,6 @@ namespace {
 constexpr int64_t kBufferBytes = 32768;  // about an L1 cache
 constexpr int64_t kSmallestSlice = 256;  // bytes: four cache lines in a row are still read at a fair speed
 
-const int64_t* ids(const Tensor& t) { return static_cast<const int64_t*>(t.data_ptr()); }
-
 Check check_copy(const Tensor& k_cache, const Tensor& v_cache, const Tensor& sources, const Tensor& targets) {
   Check check("copy_blocks", k_cache);
   check.tensor("k_cache", k_cache, {"num_blocks", "num_kv_heads", "block_size", "head_dim"}, MINIVLLM_FLOATS);
@@ -45,7 +43,7 @@ void copy_blocks_cpu(Tensor k_cache, Tensor v_cache, const Tensor& sources, cons
   const Check check = check_copy(k_cache, v_cache, sources, targets);
   check_ids(check, "sources", sources, k_cache.size(0));
   check_ids(check, "targets", targets, k_cache.size(0));
-  const Pairs pairs{ids(sources), ids(targets), sources.size(0)};
+  const Pairs pairs{ids_of(sources), ids_of(targets), sources.size(0)};
   const int64_t block = block_bytes(k_cache);
   if (pairs.count == 0 || block == 0) return;
   const int64_t slice = std::min(block, std::max(kBufferBytes / pairs.count, kSmallestSlice));
@@ -76,7 +74,7 @@ void copy_blocks_cuda(Tensor k_cache, Tensor v_cache, const Tensor& sources, con
   const Tensor scratch = new_tensor(sources, {scratch_bytes}, ScalarType::Byte);
   check_launch("copy_blocks",
                launch_copy_blocks({k_cache.data_ptr(), block_stride_bytes(k_cache)},
-                                  {v_cache.data_ptr(), block_stride_bytes(v_cache)}, bytes, ids(sources), ids(targets),
+                                  {v_cache.data_ptr(), block_stride_bytes(v_cache)}, bytes, ids_of(sources), ids_of(targets),
                                   num_pairs, scratch.data_ptr(), scope.stream()));
 }
 

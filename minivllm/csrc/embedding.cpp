@@ -8,8 +8,6 @@
 namespace minivllm {
 namespace {
 
-const int64_t* ids(const Tensor& t) { return static_cast<const int64_t*>(t.data_ptr()); }
-
 Tensor check_and_allocate(const Tensor& token_ids, const Tensor& weight) {
   Check check("embedding", weight);
   check.tensor("weight", weight, {"vocab_shard", "hidden"}, MINIVLLM_FLOATS);
@@ -26,7 +24,7 @@ Tensor embedding_cpu(const Tensor& token_ids, const Tensor& weight, int64_t voca
   parallel_items(token_ids.size(0), weight.size(1), [&](int64_t begin, int64_t end) {
     for (int64_t t = begin; t < end; ++t) {
       // In unsigned numbers one comparison finds ids on either side of the shard; what would overflow wraps to a large number.
-      const uint64_t index = static_cast<uint64_t>(ids(token_ids)[t]) - static_cast<uint64_t>(vocab_start);
+      const uint64_t index = static_cast<uint64_t>(ids_of(token_ids)[t]) - static_cast<uint64_t>(vocab_start);
       if (index < static_cast<uint64_t>(weight.size(0)))
         std::memcpy(rows + t * row, table + static_cast<int64_t>(index) * stride, row);
       else
@@ -49,7 +47,7 @@ Tensor embedding_cuda(const Tensor& token_ids, const Tensor& weight, int64_t voc
   const EmbeddingTable table{weight.data_ptr(), weight.stride(0), weight.size(0), weight.size(1),
                              static_cast<int64_t>(weight.element_size())};
   check_launch("embedding",
-               launch_embedding(ids(token_ids), token_ids.size(0), table, vocab_start, out.data_ptr(), scope.stream()));
+               launch_embedding(ids_of(token_ids), token_ids.size(0), table, vocab_start, out.data_ptr(), scope.stream()));
   return out;
 }
 

@@ -1,4 +1,4 @@
-// flash_attention: argument checks, the CPU kernel's call (attention/cpu_core.h computes), the border to flash_attention.cu.
+// flash_attention: argument checks, the CPU kernel's call (attention/cpu_core.cpp computes), the border to flash_attention.cu.
 #include "flash_attention.h"
 
 #include "attention/op.h"

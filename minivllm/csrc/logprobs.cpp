@@ -16,7 +16,7 @@
 namespace minivllm {
 namespace {
 
-constexpr int64_t kChunk = 128;
+constexpr int64_t kLogprobsChunk = 128;
 
 struct Candidate {
   float logit;
@@ -62,7 +62,7 @@ class Top {
 
 inline float largest_of(const float* chunk) {
   Vec best = load(chunk);
-  for (int64_t i = kLanes; i < kChunk; i += kLanes) {
+  for (int64_t i = kLanes; i < kLogprobsChunk; i += kLanes) {
     const Vec next = load(chunk + i);
     best = next > best ? next : best;
   }
@@ -72,7 +72,7 @@ inline float largest_of(const float* chunk) {
 }
 
 // What one row is asked for and what a pass over it gives.
-struct Row {
+struct RowSums {
   float chosen;  // tokens with a larger logit are counted
   int64_t num_larger = 0;
   float largest = -INFINITY;
@@ -84,7 +84,7 @@ struct Row {
   bool count(const float* chunk) {
     int32_t invalid = 0, larger = 0;
 #pragma omp simd reduction(+ : invalid, larger)
-    for (int64_t i = 0; i < kChunk; ++i) {
+    for (int64_t i = 0; i < kLogprobsChunk; ++i) {
       invalid += !(chunk[i] <= FLT_MAX);
       larger += chunk[i] > chosen;
     }
@@ -100,19 +100,19 @@ struct Row {
     }
     float part = 0.0f;
 #pragma omp simd reduction(+ : part)
-    for (int64_t i = 0; i < kChunk; ++i) part += fast_exp(chunk[i] - largest);
+    for (int64_t i = 0; i < kLogprobsChunk; ++i) part += fast_exp(chunk[i] - largest);
     mass += part;
   }
 };
 
 // False for a row without probabilities: with NaN or +infinity, or without a finite logit.
 template <typename T>
-bool read_row(const T* logits, int64_t vocab, Row& row, Top& top) {
-  alignas(64) float chunk[kChunk];
-  for (int64_t start = 0; start < vocab; start += kChunk) {
-    const int64_t size = std::min(kChunk, vocab - start);
+bool read_row(const T* logits, int64_t vocab, RowSums& row, Top& top) {
+  alignas(64) float chunk[kLogprobsChunk];
+  for (int64_t start = 0; start < vocab; start += kLogprobsChunk) {
+    const int64_t size = std::min(kLogprobsChunk, vocab - start);
     to_float(logits + start, chunk, size);
-    std::fill(chunk + size, chunk + kChunk, -INFINITY);
+    std::fill(chunk + size, chunk + kLogprobsChunk, -INFINITY);
     if (!row.count(chunk)) return false;
     const float largest = largest_of(chunk);
     row.add(chunk, largest);
@@ -136,7 +136,7 @@ void score_rows(const T* logits, int64_t stride, int64_t vocab, const int64_t* t
     for (int64_t r = begin; r < end; ++r) {
       const T* in = logits + r * stride;
       const bool asked = token_ids[r] >= 0;
-      Row row{asked ? static_cast<float>(in[token_ids[r]]) : INFINITY};
+      RowSums row{asked ? static_cast<float>(in[token_ids[r]]) : INFINITY};
       top.clear();
       const bool valid = read_row(in, vocab, row, top);
       out.logprobs[r] = asked && valid ? static_cast<float>(row.logprob(row.chosen)) : NAN;

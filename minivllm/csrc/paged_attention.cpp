@@ -1,4 +1,4 @@
-// paged_attention: argument checks, the CPU kernel's call (attention/cpu_core.h computes), the border to paged_attention.cu.
+// paged_attention: argument checks, the CPU kernel's call (attention/cpu_core.cpp computes), the border to paged_attention.cu.
 #include "paged_attention.h"
 
 #include "attention/decode.h"

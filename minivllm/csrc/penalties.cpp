@@ -11,7 +11,7 @@
 namespace minivllm {
 namespace {
 
-constexpr int64_t kChunk = 64;
+constexpr int64_t kPenaltiesChunk = 64;
 
 template <typename T>
 const T* values(const Tensor& t) {
@@ -43,13 +43,13 @@ struct Columns {
 
 template <typename T>
 void penalise_rows(T* logits, int64_t logits_stride, const Tensor& counts, const Columns& of, int64_t n) {
-  const int64_t vocab = counts.size(1), num_chunks = (vocab + kChunk - 1) / kChunk;
+  const int64_t vocab = counts.size(1), num_chunks = (vocab + kPenaltiesChunk - 1) / kPenaltiesChunk;
   const int64_t counts_stride = counts.stride(0);
   const int32_t* first = values<int32_t>(counts);
-  parallel_items(n * num_chunks, kChunk, [&](int64_t begin, int64_t end) {
-    alignas(64) float x[kChunk];
+  parallel_items(n * num_chunks, kPenaltiesChunk, [&](int64_t begin, int64_t end) {
+    alignas(64) float x[kPenaltiesChunk];
     for (int64_t item = begin; item < end; ++item) {
-      const int64_t r = item / num_chunks, start = item % num_chunks * kChunk, size = std::min(kChunk, vocab - start);
+      const int64_t r = item / num_chunks, start = item % num_chunks * kPenaltiesChunk, size = std::min(kPenaltiesChunk, vocab - start);
       const int32_t* chunk = first + of.count_indices[r] * counts_stride + start;
       if (!any_counted(chunk, size)) continue;
       T* in_place = logits + of.row_indices[r] * logits_stride + start;

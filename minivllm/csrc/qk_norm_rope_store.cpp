@@ -104,15 +104,13 @@ STABLE_TORCH_LIBRARY_IMPL(minivllm, CPU, m) { m.impl("qk_norm_rope_store", TORCH
 #ifdef MINIVLLM_CUDA
 namespace {
 
-HeadLayout cuda_heads(const Tensor& x) { return {x.data_ptr(), x.stride(0), x.stride(1), static_cast<int>(x.size(1))}; }
-
 void qk_norm_rope_store_cuda(Tensor q, const Tensor& k, const Tensor& v, std::optional<Tensor> q_weight,
                              std::optional<Tensor> k_weight, const Tensor& positions, const Tensor& cos_sin_cache,
                              Tensor k_cache, Tensor v_cache, const Tensor& slot_mapping, double eps, bool interleaved) {
   check_arguments({q, k, v, q_weight, k_weight, positions, cos_sin_cache, k_cache, v_cache, slot_mapping});
   const CudaScope scope(q);
   QkNormRopeStore p{};
-  p.q = cuda_heads(q), p.k = cuda_heads(k), p.v = cuda_heads(v);
+  p.q = head_layout(q), p.k = head_layout(k), p.v = head_layout(v);
   p.q_weight = q_weight ? q_weight->data_ptr() : nullptr, p.k_weight = k_weight ? k_weight->data_ptr() : nullptr;
   p.positions = positions.data_ptr(), p.wide_positions = positions.scalar_type() == ScalarType::Long;
   p.table = static_cast<const float*>(cos_sin_cache.data_ptr()), p.table_stride = cos_sin_cache.stride(0);

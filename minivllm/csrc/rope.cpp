@@ -49,13 +49,11 @@ STABLE_TORCH_LIBRARY_IMPL(minivllm, CPU, m) { m.impl("apply_rope", TORCH_BOX(&ap
 #ifdef MINIVLLM_CUDA
 namespace {
 
-HeadLayout cuda_heads(const Tensor& x) { return {x.data_ptr(), x.stride(0), x.stride(1), static_cast<int>(x.size(1))}; }
-
 void apply_rope_cuda(Tensor q, Tensor k, const Tensor& positions, const Tensor& cos_sin_cache, bool interleaved) {
   check_rope(q, k, positions, cos_sin_cache);
   const CudaScope scope(q);
   check_launch("apply_rope",
-               launch_apply_rope(cuda_heads(q), cuda_heads(k), positions.data_ptr(),
+               launch_apply_rope(head_layout(q), head_layout(k), positions.data_ptr(),
                                  positions.scalar_type() == ScalarType::Long,
                                  static_cast<const float*>(cos_sin_cache.data_ptr()), cos_sin_cache.stride(0),
                                  cos_sin_cache.size(1), q.size(0), interleaved, dtype_code(q), scope.stream()));

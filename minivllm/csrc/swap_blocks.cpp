@@ -9,8 +9,6 @@
 namespace minivllm {
 namespace {
 
-const int64_t* ids(const Tensor& t) { return static_cast<const int64_t*>(t.data_ptr()); }
-
 bool on_cpu(const Tensor& t) { return t.device().type() == torch::headeronly::DeviceType::CPU; }
 
 // Target and ids lie where source does, unless source or target alone is in host memory: then the rest is on the CUDA device.
@@ -35,7 +33,7 @@ void swap_blocks_cpu(const Tensor& source, Tensor target, const Tensor& source_i
   auto* to = static_cast<char*>(target.data_ptr());
   parallel_items(source_ids.size(0), bytes / 4, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i)
-      std::memcpy(to + ids(target_ids)[i] * to_stride, from + ids(source_ids)[i] * from_stride, bytes);
+      std::memcpy(to + ids_of(target_ids)[i] * to_stride, from + ids_of(source_ids)[i] * from_stride, bytes);
   });
 }
 
@@ -52,7 +50,7 @@ SwapBlocksCache cuda_cache(const Check& check, const char* name, const Tensor& c
     data = pinned_address(data);
     check.require(data != nullptr, std::string(name) + " is in host memory that is not pinned; call .pin_memory() first");
   }
-  return {data, block_stride_bytes(cache), ids(block_ids)};
+  return {data, block_stride_bytes(cache), ids_of(block_ids)};
 }
 
 void swap_blocks_cuda(const Tensor& source, Tensor target, const Tensor& source_ids, const Tensor& target_ids) {

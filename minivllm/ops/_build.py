@@ -41,6 +41,9 @@ from minivllm.ops._toolchain import (
     sources,
 )
 
+# C++ files are compiled together in so many units: of a small one alone, most time goes into PyTorch's headers. Four
+# keep a few cores busy, and beside nvcc the units are not what a build waits for.
+_CPP_UNITS = 4
 _console = Console(stderr=True)
 
 
@@ -111,9 +114,10 @@ def _locked(folder: Path) -> Iterator[None]:
 
 def _compile(target: Target, folder: Path, verbose: bool) -> None:
     files = sources(bool(target.archs))
+    units = [*_write_units(folder, files), *(path for path in files if path.suffix != ".cpp")]
     arguments: dict[str, object] = {
         "name": LIBRARY,
-        "sources": [str(path) for path in files],
+        "sources": [str(path) for path in units],
         "extra_cflags": [*CPU_FLAGS, *(CUDA_DEFINES if target.archs else ())],
         "extra_include_paths": [str(CSRC)],
         "build_directory": str(folder),
@@ -129,12 +133,24 @@ def _compile(target: Target, folder: Path, verbose: bool) -> None:
     with (
         _cuda_home(target.nvcc),
         _scripts_on_path(),
-        _progress(folder, len(files), f"compiling {len(files)} kernel files for {what}", verbose),
+        _progress(folder, len(units), f"compiling {len(files)} kernel files for {what}", verbose),
     ):
         try:
             cpp_extension.load(**arguments)  # type: ignore[arg-type]
         except (RuntimeError, OSError, subprocess.SubprocessError) as error:
             raise BuildError(f"compiling the kernels failed in {folder}:\n{error}") from error
+
+
+def _write_units(folder: Path, files: list[Path]) -> list[Path]:
+    """Files that include the C++ files among `files`, about as many bytes each; always the same ones together."""
+    units: list[list[Path]] = [[] for _ in range(_CPP_UNITS)]
+    for path in sorted((path for path in files if path.suffix == ".cpp"), key=lambda path: -path.stat().st_size):
+        min(units, key=lambda unit: sum(other.stat().st_size for other in unit)).append(path)
+    written = []
+    for i, unit in enumerate(unit for unit in units if unit):
+        written.append(folder / f"unit{i}.cpp")
+        written[-1].write_text("".join(f'#include "{path.relative_to(CSRC)}"\n' for path in unit))
+    return written
 
 
 def _cudart_folder(nvcc: Nvcc, folder: Path) -> Path:
@@ -209,8 +225,8 @@ def _progress(folder: Path, num_files: int, what: str, verbose: bool) -> Iterato
 
 
 def _write_done(folder: Path, target: Target, seconds: float) -> None:
-    for compiled in folder.glob("*.o"):
-        compiled.unlink()
+    for left in (*folder.glob("*.o"), *folder.glob("unit*.cpp")):
+        left.unlink()
     (built,) = folder.glob("*.so")  # the second build of one process gets a version in its name
     library = built.rename(folder / f"{LIBRARY}.so")
     facts = {

@@ -81,7 +81,7 @@ inline Result run_cpu(const Tensor& q, const Scores& scores, bool return_lse, Ca
   if (used < q.size(0)) std::memset(static_cast<char*>(call.out) + used * row_bytes, 0, (q.size(0) - used) * row_bytes);
   if (return_lse)
     std::fill(call.lse + used * call.num_heads, call.lse + q.size(0) * call.num_heads, -std::numeric_limits<float>::infinity());
-  dispatch_float(q.scalar_type(), [&](auto* tag) { run<std::remove_pointer_t<decltype(tag)>>(std::move(call)); });
+  run(q.scalar_type(), std::move(call));
   return result;
 }
 

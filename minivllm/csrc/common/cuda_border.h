@@ -4,6 +4,7 @@
 
 #ifdef MINIVLLM_CUDA
 #include "common/dtype.h"
+#include "common/rows.h"
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
@@ -35,6 +36,11 @@ inline DtypeCode dtype_code(const torch::stable::Tensor& tensor) {
   const auto dtype = tensor.scalar_type();
   if (dtype == torch::headeronly::ScalarType::Float) return DtypeCode::kFloat32;
   return dtype == torch::headeronly::ScalarType::BFloat16 ? DtypeCode::kBFloat16 : DtypeCode::kFloat16;
+}
+
+// x: [num_tokens, count, head_dim].
+inline HeadLayout head_layout(const torch::stable::Tensor& x) {
+  return {x.data_ptr(), x.stride(0), x.stride(1), static_cast<int>(x.size(1))};
 }
 
 // A launcher returns null, or the text of the CUDA error.
