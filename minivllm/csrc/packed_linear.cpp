@@ -3,6 +3,7 @@
 // come from memory once. For one row that is a matrix-vector product at the speed of memory, for many rows a matrix product at the
 // speed of the FMA units. Each output is summed in one fixed order whatever the tile, so a row does not depend on its neighbours.
 #include "common/check.h"
+#include "common/new_tensor.h"
 #include "common/simd.h"
 
 #include <algorithm>
@@ -113,7 +114,7 @@ Tensor packed_linear_cpu(const Tensor& x, const Tensor& packed, int64_t out_feat
                 "out_features=" + std::to_string(out_features) + " does not belong to " +
                     std::to_string(check["panels"]) + " panels of 32");
   const Shape shape{check["num_tokens"], check["in_features"], out_features, x.stride(0)};
-  Tensor out = torch::stable::new_empty(x, {shape.rows, out_features});
+  Tensor out = new_tensor(x, {shape.rows, out_features}, x.scalar_type());
   if (shape.in_features == 0) return torch::stable::fill_(out, 0.0);
   const auto* input = static_cast<const float*>(x.data_ptr());
   auto* output = static_cast<float*>(out.data_ptr());

@@ -95,7 +95,7 @@ Check check_plan(const Tensor& seq_lens, const Tensor& cu_seqlens_q, int64_t max
 Tensor plan_paged_attention_cpu(const Tensor& seq_lens, const Tensor& cu_seqlens_q, int64_t, int64_t max_seqlen_k,
                                 int64_t num_heads, int64_t num_kv_heads, int64_t head_dim, int64_t window) {
   check_plan(seq_lens, cu_seqlens_q, max_seqlen_k, num_heads, num_kv_heads, head_dim, window);
-  return torch::stable::new_empty(seq_lens, {0});
+  return new_tensor(seq_lens, {0}, ScalarType::Int);
 }
 
 }  // namespace
@@ -119,7 +119,7 @@ attention::DecodeShape decode_shape(int64_t num_seqs, int64_t max_seqlen_q, int6
 }
 
 Tensor new_plan(const Tensor& seq_lens, const Tensor& cu_seqlens_q, const attention::DecodeShape& shape, void* stream) {
-  Tensor plan = torch::stable::new_empty(seq_lens, {shape.words()});
+  Tensor plan = new_tensor(seq_lens, {shape.words()}, ScalarType::Int);
   check_launch("plan_paged_attention", launch_plan(attention::ints(seq_lens), attention::ints(cu_seqlens_q), shape,
                                                    static_cast<int32_t*>(plan.data_ptr()), stream));
   return plan;

@@ -5,6 +5,7 @@
 #include "common/check.h"
 #include "common/cpu.h"
 #include "common/cuda_border.h"
+#include "common/new_tensor.h"
 #include "sample.h"
 
 #include <cfloat>
@@ -339,7 +340,7 @@ Tensor sample_cpu(const Tensor& logits, const Tensor& temperature, const Tensor&
                   const Tensor& min_p, const Tensor& seeds) {
   check_sample(logits, temperature, top_k, top_p, min_p, seeds);
   const int64_t num_rows = logits.size(0);
-  Tensor out = torch::stable::new_empty(logits, {num_rows}, ScalarType::Long);
+  Tensor out = new_tensor(logits, {num_rows}, ScalarType::Long);
   const Parameters parameters{
       static_cast<const float*>(temperature.data_ptr()), static_cast<const int32_t*>(top_k.data_ptr()),
       static_cast<const float*>(top_p.data_ptr()), static_cast<const float*>(min_p.data_ptr()),
@@ -364,8 +365,8 @@ Tensor sample_cuda(const Tensor& logits, const Tensor& temperature, const Tensor
   check_sample(logits, temperature, top_k, top_p, min_p, seeds);
   const CudaScope scope(logits);
   const int64_t num_rows = logits.size(0), vocab = logits.size(1);
-  Tensor out = torch::stable::new_empty(logits, {num_rows}, ScalarType::Long);
-  Tensor workspace = torch::stable::new_empty(logits, {sample_workspace_bytes(num_rows, vocab)}, ScalarType::Byte);
+  Tensor out = new_tensor(logits, {num_rows}, ScalarType::Long);
+  Tensor workspace = new_tensor(logits, {sample_workspace_bytes(num_rows, vocab)}, ScalarType::Byte);
   const SampleArguments arguments{logits.data_ptr(),
                                   logits.stride(0),
                                   num_rows,

@@ -6,6 +6,7 @@
 #include "common/check.h"
 #include "common/cpu.h"
 #include "common/cuda_border.h"
+#include "common/new_tensor.h"
 
 #include <cmath>
 #include <tuple>
@@ -63,8 +64,8 @@ inline void check_prefix_sums(const Check& check, const char* name, const Tensor
 }
 
 inline Result new_result(const Tensor& q, bool return_lse) {
-  return {torch::stable::new_empty(q, q.sizes()),
-          torch::stable::new_empty(q, {return_lse ? q.size(0) : 0, q.size(1)}, ScalarType::Float)};
+  return {new_tensor(q, q.sizes(), q.scalar_type()),
+          new_tensor(q, {return_lse ? q.size(0) : 0, q.size(1)}, ScalarType::Float)};
 }
 
 // Rows that belong to no sequence are 0, and their sums -infinity. The caller fills keys, values and sequences.
