@@ -14,6 +14,14 @@ using attention::Result;
 using attention::Scores;
 using Plan = std::optional<Tensor>;
 
+void check_sequences(Check& check, const Tensor& seq_lens, const Tensor& cu_seqlens_q) {
+  check.tensor("seq_lens", seq_lens, {"num_seqs"}, {ScalarType::Int});
+  check.tensor("cu_seqlens_q", cu_seqlens_q, {"num_seqs+1"}, {ScalarType::Int});
+  if (check["num_seqs+1"] != check["num_seqs"] + 1)
+    check.fail("cu_seqlens_q has " + std::to_string(check["num_seqs+1"]) + " numbers, expected num_seqs + 1 = " +
+               std::to_string(check["num_seqs"] + 1));
+}
+
 Check check_paged(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache, const Tensor& block_tables,
                   const Tensor& seq_lens, const Tensor& cu_seqlens_q, const Scores& scores, const Plan& plan) {
   Check check("paged_attention", q);
@@ -21,12 +29,7 @@ Check check_paged(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache,
   check_cache(check, "k_cache", k_cache, q.scalar_type());
   check_cache(check, "v_cache", v_cache, q.scalar_type());
   check.tensor("block_tables", block_tables, {"num_seqs", "max_blocks"}, {ScalarType::Int});
-  check.tensor("seq_lens", seq_lens, {"num_seqs"}, {ScalarType::Int});
-  check.tensor("cu_seqlens_q", cu_seqlens_q, {"num_seqs+1"}, {ScalarType::Int});
-  const int64_t num_seqs = check["num_seqs"];
-  if (cu_seqlens_q.size(0) != num_seqs + 1)
-    check.fail("cu_seqlens_q has " + std::to_string(cu_seqlens_q.size(0)) + " numbers, expected num_seqs + 1 = " +
-               std::to_string(num_seqs + 1));
+  check_sequences(check, seq_lens, cu_seqlens_q);
   attention::check_heads(check);
   attention::check_scores(check, scores);
   if (plan) check.tensor("plan", *plan, {"plan_words"}, {ScalarType::Int});
@@ -81,11 +84,7 @@ Result paged_attention_cpu(const Tensor& q, const Tensor& k_cache, const Tensor&
 Check check_plan(const Tensor& seq_lens, const Tensor& cu_seqlens_q, int64_t max_seqlen_k, int64_t num_heads,
                  int64_t num_kv_heads, int64_t head_dim, int64_t window) {
   Check check("plan_paged_attention", seq_lens);
-  check.tensor("seq_lens", seq_lens, {"num_seqs"}, {ScalarType::Int});
-  check.tensor("cu_seqlens_q", cu_seqlens_q, {"num_seqs+1"}, {ScalarType::Int});
-  if (check["num_seqs+1"] != check["num_seqs"] + 1)
-    check.fail("cu_seqlens_q has " + std::to_string(check["num_seqs+1"]) + " numbers, expected num_seqs + 1 = " +
-               std::to_string(check["num_seqs"] + 1));
+  check_sequences(check, seq_lens, cu_seqlens_q);
   check.require(max_seqlen_k >= 0, "max_seqlen_k is " + std::to_string(max_seqlen_k) + ", expected 0 or more");
   attention::check_head_numbers(check, num_heads, num_kv_heads, head_dim);
   attention::check_scores(check, {1.0, true, window, 0.0});

@@ -19,6 +19,14 @@ from minivllm.ops._register import define
 from minivllm.ops.store_kv import check_cache
 
 
+def _check_sequences(check: Check, seq_lens: Tensor, cu_seqlens_q: Tensor) -> None:
+    check.tensor("seq_lens", seq_lens, "num_seqs", (torch.int32,))
+    check.tensor("cu_seqlens_q", cu_seqlens_q, "num_seqs+1", (torch.int32,))
+    num_seqs = seq_lens.shape[0]
+    if cu_seqlens_q.shape[0] != num_seqs + 1:
+        check.fail(f"cu_seqlens_q has {cu_seqlens_q.shape[0]} numbers, expected num_seqs + 1 = {num_seqs + 1}")
+
+
 def _check_paged(
     q: Tensor,
     k_cache: Tensor,
@@ -35,11 +43,7 @@ def _check_paged(
     check_cache(check, "k_cache", k_cache, q.dtype)
     check_cache(check, "v_cache", v_cache, q.dtype)
     check.tensor("block_tables", block_tables, "num_seqs max_blocks", (torch.int32,))
-    check.tensor("seq_lens", seq_lens, "num_seqs", (torch.int32,))
-    check.tensor("cu_seqlens_q", cu_seqlens_q, "num_seqs+1", (torch.int32,))
-    num_seqs = block_tables.shape[0]
-    if cu_seqlens_q.shape[0] != num_seqs + 1:
-        check.fail(f"cu_seqlens_q has {cu_seqlens_q.shape[0]} numbers, expected num_seqs + 1 = {num_seqs + 1}")
+    _check_sequences(check, seq_lens, cu_seqlens_q)
     check_heads(check)
     check_scores(check, window, softcap)
     if plan is not None:
@@ -60,11 +64,7 @@ def plan_paged_attention_reference(
 ) -> Tensor:
     """Checks alone, and an empty plan: only the CUDA kernels follow one."""
     check = Check("plan_paged_attention", seq_lens.device)
-    check.tensor("seq_lens", seq_lens, "num_seqs", (torch.int32,))
-    check.tensor("cu_seqlens_q", cu_seqlens_q, "num_seqs+1", (torch.int32,))
-    num_seqs = seq_lens.shape[0]
-    if cu_seqlens_q.shape[0] != num_seqs + 1:
-        check.fail(f"cu_seqlens_q has {cu_seqlens_q.shape[0]} numbers, expected num_seqs + 1 = {num_seqs + 1}")
+    _check_sequences(check, seq_lens, cu_seqlens_q)
     if max_seqlen_k < 0:
         check.fail(f"max_seqlen_k is {max_seqlen_k}, expected 0 or more")
     check.sizes.update(num_heads=num_heads, num_kv_heads=num_kv_heads, head_dim=head_dim)

@@ -4,11 +4,12 @@
 #include "attention/cpu_core.h"
 #include "attention/prefill.h"
 #include "common/check.h"
-#include "common/cpu.h"
 #include "common/cuda_border.h"
 #include "common/new_tensor.h"
 
 #include <cmath>
+#include <cstring>
+#include <limits>
 #include <tuple>
 #include <utility>
 
