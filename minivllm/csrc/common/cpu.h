@@ -33,11 +33,13 @@ void dispatch_float(ScalarType dtype, const F& f) {
 // n consecutive elements to float32.
 inline void to_float(const float* src, float* dst, int64_t n) { std::memcpy(dst, src, n * sizeof(float)); }
 
+// The bits of floats go through memcpy: a store as uint32_t may be ordered after the loads of the float it makes, and was.
 inline void to_float(const BFloat16* src, float* dst, int64_t n) {
-  const auto* bits = reinterpret_cast<const uint16_t*>(src);
-  auto* out = reinterpret_cast<uint32_t*>(dst);
 #pragma omp simd
-  for (int64_t i = 0; i < n; ++i) out[i] = static_cast<uint32_t>(bits[i]) << 16;
+  for (int64_t i = 0; i < n; ++i) {
+    const uint32_t bits = static_cast<uint32_t>(src[i].x) << 16;
+    std::memcpy(dst + i, &bits, sizeof bits);
+  }
 }
 
 inline void to_float(const Half* src, float* dst, int64_t n) {
@@ -53,14 +55,13 @@ inline void to_float(const Half* src, float* dst, int64_t n) {
 inline void from_float(const float* src, float* dst, int64_t n) { std::memcpy(dst, src, n * sizeof(float)); }
 
 inline void from_float(const float* src, BFloat16* dst, int64_t n) {
-  const auto* bits = reinterpret_cast<const uint32_t*>(src);
-  auto* out = reinterpret_cast<uint16_t*>(dst);
 #pragma omp simd
   for (int64_t i = 0; i < n; ++i) {
-    const uint32_t u = bits[i];
-    const uint32_t rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
-    const bool nan = (u & 0x7fffffffu) > 0x7f800000u;
-    out[i] = static_cast<uint16_t>(nan ? 0x7fc0u : rounded);
+    uint32_t bits;
+    std::memcpy(&bits, src + i, sizeof bits);
+    const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+    const bool nan = (bits & 0x7fffffffu) > 0x7f800000u;
+    dst[i].x = static_cast<uint16_t>(nan ? 0x7fc0u : rounded);
   }
 }
 
