@@ -19,6 +19,7 @@ pytestmark = pytest.mark.gpu
 DECODED = (
     (16, 8, 128),
     (32, 8, 128),
+    (16, 2, 128),
     (4, 4, 64),
     (8, 1, 64),
     (24, 2, 128),
@@ -28,8 +29,8 @@ DECODED = (
     (4, 2, 80),
     (20, 20, 32),
 )
-# Borders of tiles (16 keys) and chunks (256), and the changes from one chunk size to another
-LENGTHS = [1, 15, 16, 17, 63, 64, 65, 255, 256, 257, 0, 512, 513, 1000, 4097, 8193]
+# Borders of tiles (16 keys) and chunks (64 or 128), and the changes from one chunk size to another
+LENGTHS = [1, 15, 16, 17, 63, 64, 65, 127, 128, 129, 191, 0, 512, 513, 1000, 2048, 2049, 4097, 8193]
 
 
 def random(
@@ -107,10 +108,10 @@ def test_a_row_has_the_same_bits_alone_and_in_a_batch(
     heads: tuple[int, int, int], options: dict[str, Any], seed: int
 ) -> None:
     """Alone a row is cut between many thread blocks, in a large batch it is one thread block's: the same bits."""
-    lengths = [3000, 64, 8000, 1, 700] + [1 + 37 * i % 900 for i in range(400)]
+    lengths = [3000, 64, 8000, 1, 700, 200] + [1 + 37 * i % 900 for i in range(400)]
     _, paged = random(lengths, heads, seed, **options)
     together = run(paged)
-    for row in (0, 1, 2, 4, 404):
+    for row in (0, 1, 2, 4, 5, 404):
         alone = paged.of_sequence(row, 0, 1)
         assert torch.equal(run(alone)[0], together[row]), row
 
@@ -130,6 +131,16 @@ def test_every_cut_of_a_row(seed: int) -> None:
         plan = plan_of(few)
         for _ in range(2):  # its counters reset themselves, whoever merged a row
             assert torch.equal(run(few, plan), expected[:rows]), rows
+
+
+@pytest.mark.parametrize("rows", (16, 24, 64, 256))
+def test_rows_in_step_with_the_teams(rows: int, seed: int) -> None:
+    """Numbers of equal rows for which the plan leaves some teams without work."""
+    packed, paged = random([513] * rows, (16, 8, 128), seed)
+    got = run(paged)
+    assert_close_to_exact(got, packed.exact()[0], paged.reference()[0])
+    alone = paged.of_sequence(rows - 1, 0, 1)
+    assert torch.equal(run(alone)[0], got[rows - 1])
 
 
 def test_one_plan_serves_many_layers(seed: int) -> None:

@@ -1,14 +1,16 @@
-// Decode attention over the paged cache: split-KV ("Flash-Decoding", Dao et al. 2023) with the query heads of a group packed into one
-// tile. Each thread block of four warps works through its piece of a plan (attention/plan.h). The warps take turns at tiles of 16
-// keys, each with a pipeline of its own in shared memory, so nothing but the end of a chunk makes them wait for each other; loads
-// run ahead into the next row. Scores are computed transposed, keys x columns: with up to 8 columns (query heads of the group, times
-// queries) that halves the tensor-core work of padding them to 16 rows.
+// Decode attention over the paged cache: split-KV ("Flash-Decoding", Dao et al. 2023) with the query heads of a group packed
+// into one tile. Each thread block of four warps works through its piece of a plan (attention/plan.h). The warps take turns at
+// tiles of 16 keys, each with a pipeline of its own in shared memory, so nothing but the end of a chunk makes them wait for
+// each other. Loads are never waited for before the next ones are on their way, and run ahead into the next row. Scores are
+// computed transposed, keys x columns: with up to 8 columns (query heads of the group, times queries) that halves the tensor-
+// core work of padding them to 16 rows.
 // Floor: bytes of the keys and values read / bandwidth.
 #include <cuda_runtime.h>
 
 #include <algorithm>
 
 #include "attention/decode.h"
+#include "attention/states.cuh"
 #include "common/launch.cuh"
 #include "common/mma.cuh"
 #include "common/vec.cuh"
@@ -74,66 +76,23 @@ struct Problem : DecodeCall {
         stats(shape.stats()), partials(shape.partials()), signature(shape.signature()) {}
 };
 
-// An unnormalised softmax state of a column: the sum of p, and the maximum that p is relative to (base 2).
-struct State {
-  float l, m;
-};
-
-__device__ __forceinline__ float part(float m, float top) { return m == -INFINITY ? 0.0f : exp2_fast(m - top); }
-
-__device__ __forceinline__ float4 scaled_sum(float4 a, float x, float4 b, float y) {
-  return {__fmaf_rn(a.x, x, __fmul_rn(b.x, y)), __fmaf_rn(a.y, x, __fmul_rn(b.y, y)), __fmaf_rn(a.z, x, __fmul_rn(b.z, y)),
-          __fmaf_rn(a.w, x, __fmul_rn(b.w, y))};
-}
-
-// Merges states into one in order, each with four elements of the output: sums of p v. In registers and from memory it is done alike,
-// so that both give the same bits. The factors do not wait for the sums.
-template <int N>
-__device__ __forceinline__ void merge(State& into, float4& o, const State (&states)[N], const float4 (&outputs)[N]) {
-  float old_part[N], new_part[N];
-#pragma unroll
-  for (int i = 0; i < N; ++i) {
-    const float top = fmaxf(into.m, states[i].m);
-    old_part[i] = part(into.m, top), new_part[i] = part(states[i].m, top);
-    into.m = top;
-  }
-#pragma unroll
-  for (int i = 0; i < N; ++i) {
-    o = scaled_sum(o, old_part[i], outputs[i], new_part[i]);
-    into.l = __fmaf_rn(into.l, old_part[i], __fmul_rn(states[i].l, new_part[i]));
-  }
-}
-
-// Counts, and hands on what this thread block wrote before its last barrier to whoever sees the count; what others handed on can be
-// read after the next barrier.
-__device__ __forceinline__ int32_t add_acquire_release(int32_t* counter, int32_t n) {
-  int32_t before;
-  asm volatile("atom.acq_rel.gpu.global.add.s32 %0, [%1], %2;" : "=r"(before) : "l"(counter), "r"(n) : "memory");
-  return before;
-}
-
-// A look at the counter that makes nothing wait. Before what others handed on is read comes a fence.
-__device__ __forceinline__ int32_t load_relaxed(const int32_t* counter) {
-  int32_t value;
-  asm volatile("ld.relaxed.gpu.global.s32 %0, [%1];" : "=r"(value) : "l"(counter) : "memory");
-  return value;
-}
-
-__device__ __forceinline__ void acquire() { asm volatile("fence.acq_rel.gpu;" ::: "memory"); }
-
 template <typename C>
 class Decoder {
   using T = typename C::T;
   static constexpr int D = C::kHeadDim, NT = C::kColumnTiles;
   static constexpr int kQuads = D / 4;  // of a column; a thread merges kGroups of all columns' quads
   static constexpr int kGroups = kQuads * C::kColumns / kDecodeThreads;
-  static constexpr int kAtOnce = D > 128 ? 4 : 8;  // states that are loaded before the first is merged
+  static constexpr int kAhead = 16;   // tiles whose blocks are known
+  static constexpr int kAtOnce = 4;   // states that are loaded before the first is merged
+  // From so many chunks on they go through shared memory; wide tiles have no registers left for it.
+  static constexpr int kStagedFrom = C::kColumns == 8 && D <= 128 ? 8 : INT32_MAX;
 
  public:
   __device__ Decoder(const Problem& call, char* shared)
       : call_(call), warp_(threadIdx.x / 32), lane_(threadIdx.x % 32), g_(lane_ / 4), t_(lane_ % 4) {
     columns_ = call.columns;
     team_ = blockIdx.x / call.team, member_ = blockIdx.x % call.team;
+    shared_ = shared;
     merge_ = reinterpret_cast<float*>(shared + C::pipeline_bytes(call.stages));
     queries_ = reinterpret_cast<uint32_t*>(merge_ + C::merge_buffers(columns_) * C::merge_floats(columns_));
     pipeline_ = shared_address(shared) + warp_ * (call.stages * 2 * C::kTileBytes);
@@ -142,6 +101,7 @@ class Decoder {
 
   __device__ __forceinline__ void run() {
     wait_for_predecessors();
+    let_dependents_launch();  // they get places as thread blocks end: all of these have theirs
     // All at once: each look at the plan costs a trip to the L2.
     const auto* piece = reinterpret_cast<const PlanPiece*>(call_.plan + call_.pieces) + team_;
     const int4 header = *reinterpret_cast<const int4*>(call_.plan);
@@ -150,18 +110,19 @@ class Decoder {
     if (header.x != call_.signature) return fill_rows(0, NAN);  // not of these shapes: loud, and nothing out of bounds
     if (call_.alone) fill_rows(header.y, 0.0f);
     if (!set_chunks(item, first_row(from_, to_))) return;
-    load_ = walk_of(item);
-    find_blocks();
+    next_load_ = walk_of(item), next_blocks_ = blocks_from(next_load_, 0);
+    hop();
     while (true) {
       // Known before it is needed, so that loading can run on into it.
       Item next;
       const bool more = item_after(item, next);
+      hopped_ = false;
       next_load_ = more ? walk_of(next) : Walk{};
+      next_blocks_ = blocks_from(next_load_, 0);
       fill_pipeline();
       process(item);
       if (!more) break;
       if (!hopped_) hop();
-      hopped_ = false;
       item = next;
     }
   }
@@ -171,6 +132,7 @@ class Decoder {
   PlanCut from_, to_;
   const int warp_, lane_, g_, t_;
   int columns_, team_, member_;  // of the team, this thread block takes one head
+  char* shared_;  // the pipelines of all warps
   float* merge_;
   uint32_t* queries_;  // as fragments, [index][lane]
   uint32_t pipeline_;
@@ -180,7 +142,10 @@ class Decoder {
   bool hopped_ = false;  // load_ is in the next item already
   int load_stage_ = 0, stage_ = 0, pending_ = 0;  // pending: tiles loaded or on their way that are not computed yet
   int merge_buffer_ = 0;
-  int32_t blocks_[2];  // of rows 0-7 and 8-15 of the tile to load
+  // Entries of the block table, for kAhead tiles at a time: lane 2 n has the block of rows 0-7 of tile n, lane 2 n + 1 of rows 8-15.
+  // Those after them are on their way.
+  int32_t blocks_, more_blocks_, next_blocks_;
+  int tile_ = 0;  // of blocks_, the one to load next
 
   // Fills an item whose row is known; false if none of it lies in the piece.
   __device__ __forceinline__ bool set_chunks(Item& item, int index) const {
@@ -231,14 +196,15 @@ class Decoder {
 
   __device__ __forceinline__ void hop() {
     load_ = next_load_, hopped_ = true;
-    find_blocks();
+    blocks_ = next_blocks_, more_blocks_ = blocks_from(load_, kAhead), tile_ = 0;
   }
 
-  // Known one tile before they are needed.
-  __device__ __forceinline__ void find_blocks() {
-    if (load_.pos >= load_.end) return;
-    blocks_[0] = load_.table[load_.pos >> call_.block_shift];
-    blocks_[1] = load_.table[min(load_.pos + 8, load_.end - 1) >> call_.block_shift];
+  // This lane's entry of the block table, from tile `first` of a walk on.
+  __device__ __forceinline__ int32_t blocks_from(const Walk& walk, int first) const {
+    const int pos = walk.pos + first * kDecodeWarps * kDecodeKeys;
+    if (pos >= walk.end) return 0;
+    const int key = pos + lane_ / 2 * (kDecodeWarps * kDecodeKeys) + lane_ % 2 * (kDecodeKeys / 2);
+    return walk.table[min(key, walk.end - 1) >> call_.block_shift];
   }
 
   __device__ __forceinline__ void fill_pipeline() {
@@ -250,19 +216,21 @@ class Decoder {
     if (load_.pos >= load_.end && !hopped_ && next_load_.table != nullptr) hop();
     if (load_.pos >= load_.end) return;
     const uint32_t keys = pipeline_ + load_stage_ * (2 * C::kTileBytes);
-    load_rows(keys, call_.k);
+    const int32_t low = __shfl_sync(0xffffffffu, blocks_, 2 * tile_), high = __shfl_sync(0xffffffffu, blocks_, 2 * tile_ + 1);
+    load_rows(keys, call_.k, low, high);
     copy_async_commit();
-    load_rows(keys + C::kTileBytes, call_.v);
+    load_rows(keys + C::kTileBytes, call_.v, low, high);
     copy_async_commit();
     load_stage_ = load_stage_ + 1 == call_.stages ? 0 : load_stage_ + 1;
     ++pending_;
     load_.pos += kDecodeWarps * kDecodeKeys;
-    find_blocks();
+    if (++tile_ == kAhead) blocks_ = more_blocks_, more_blocks_ = blocks_from(load_, kAhead), tile_ = 0;
   }
 
   // Waits until at most n of the groups of this warp are under way; a few too many waits for short pipelines do no harm.
   __device__ __forceinline__ static void wait_groups(int n) {
-    if (n >= 6) copy_async_wait<6>();
+    if (n >= 7) copy_async_wait<7>();
+    else if (n == 6) copy_async_wait<6>();
     else if (n == 5) copy_async_wait<5>();
     else if (n == 4) copy_async_wait<4>();
     else if (n == 3) copy_async_wait<3>();
@@ -271,8 +239,8 @@ class Decoder {
     else copy_async_wait<0>();
   }
 
-  // 16 rows of the cache; rows beyond the end and elements beyond head_dim become zeros, without being read.
-  __device__ __forceinline__ void load_rows(uint32_t target, const KvSide& side) const {
+  // 16 rows of the cache, 8 of each block; rows beyond the end and elements beyond head_dim become zeros, without being read.
+  __device__ __forceinline__ void load_rows(uint32_t target, const KvSide& side, int32_t low, int32_t high) const {
     const int head_dim = call_.shape.head_dim, block_size = 1 << call_.block_shift;
     const auto* base = static_cast<const T*>(side.data) + load_.head;
 #pragma unroll
@@ -280,7 +248,7 @@ class Decoder {
       const int index = i * 32 + lane_, row = index / C::kRowChunks, chunk = index % C::kRowChunks;
       const int key = load_.pos + row;
       const bool valid = key < load_.end && chunk * 8 < head_dim;
-      const int32_t block = row < 8 ? blocks_[0] : blocks_[1];
+      const int32_t block = row < 8 ? low : high;
       const T* source = base + block * side.block_stride + (key & (block_size - 1)) * head_dim + chunk * 8;
       copy_async_once(target + (row * C::kRowChunks + (chunk ^ (row & 7))) * 16, valid ? source : base, valid);
     }
@@ -341,7 +309,9 @@ class Decoder {
     if (item.slot >= 0 && item.first_chunk == 0) leave(item, 0, outputs, states);
     if (item.slot >= 0 && (gathering || item.first_chunk == 0)) {
       if (!is_last(item)) return;
-      gather(item, row.num_chunks, outputs, states);
+      const bool many = row.num_chunks - item.whole >= kStagedFrom;
+      if (many && next_load_.table == nullptr) gather_at_once(item, outputs, states);
+      else gather(item, row.num_chunks, outputs, states);
     } else if (item.slot >= 0 && threadIdx.x == 0) {
       *arrivals_of(item) = 0;  // ready for the next layer
     }
@@ -384,9 +354,10 @@ class Decoder {
                                        const int (&lowest)[NT][2], int end) {
     const uint32_t keys = pipeline_ + stage_ * (2 * C::kTileBytes), values = keys + C::kTileBytes;
     stage_ = stage_ + 1 == call_.stages ? 0 : stage_ + 1;
-    wait_groups(2 * pending_ - 1);
-    __syncwarp();  // all lanes' copies are here, and all lanes have left the stage that is loaded next
+    __syncwarp();  // all lanes have left the stage that is loaded next
     load_tile();
+    wait_groups(2 * pending_ - 1);
+    __syncwarp();  // all lanes' copies are here
 
     float s[NT][4] = {};
     const int row = lane_ % 8 + (lane_ / 8 % 2) * 8;
@@ -567,6 +538,37 @@ class Decoder {
           partial[i] = __ldcg(reinterpret_cast<const float4*>(partials + c * columns_ * head_dim));
         }
         merge(totals[k], outputs[k], state, partial);
+      }
+    }
+  }
+
+  // The same for many states of all chunks, at the end of the thread block's work: through its pipeline, which has room for them, they
+  // cost one trip to the L2 and not one for every few.
+  __device__ __forceinline__ void gather_at_once(const Item& item, float4 (&outputs)[kGroups], State (&totals)[kGroups]) const {
+    const int head_dim = call_.shape.head_dim, quads = columns_ * head_dim / 4, count = item.row.num_chunks - item.whole + 1;
+    const int room = C::pipeline_bytes(call_.stages) / (quads * 16);
+    const auto* partials = reinterpret_cast<const float4*>(call_.plan + call_.partials) + state_index(item, 0, 0) * (head_dim / 4);
+    const auto* stats = reinterpret_cast<const float2*>(call_.plan + call_.stats) + state_index(item, 0, 0);
+    auto* staged = reinterpret_cast<float4*>(shared_);
+    auto* staged_stats = reinterpret_cast<float2*>(merge_);
+    for (int done = 0; done < count; done += room) {
+      const int n = min(room, count - done), skipped = done + item.whole - 1;  // but for the first state: chunk - index here
+      if (done > 0) __syncthreads();
+      for (int i = threadIdx.x; i < n * quads; i += kDecodeThreads)
+        copy_async(shared_address(staged + i), partials + i + (done > 0 || i >= quads ? skipped : 0) * quads);
+      copy_async_commit();
+      for (int i = threadIdx.x; i < n * columns_; i += kDecodeThreads)
+        staged_stats[i] = __ldcg(stats + i + (done > 0 || i >= columns_ ? skipped : 0) * columns_);
+      copy_async_wait<0>();
+      __syncthreads();
+#pragma unroll
+      for (int k = 0; k < kGroups; ++k) {
+        if (column_of(k) >= columns_ || element_of() >= head_dim) continue;
+#pragma unroll 4
+        for (int i = 0; i < n; ++i) {
+          const float2 stat = staged_stats[i * columns_ + column_of(k)];
+          merge<1>(totals[k], outputs[k], {{stat.x, stat.y}}, {staged[i * quads + (column_of(k) * head_dim + element_of()) / 4]});
+        }
       }
     }
   }

@@ -1,15 +1,16 @@
 // How decode rows are cut into work items: the layout of the plan that attention/plan.cu writes once a step and attention/decode.cu
 // follows in every layer. Torch-free.
 //
-// A decode row is a sequence with few queries: their (query, head of the group) pairs are the columns of one tensor-core tile. Its
-// keys are cut into chunks whose size follows from the row's own length alone, every chunk gets a softmax state of its own, and the
-// states are merged in order. The chunks of all rows stand in one line, and every team of thread blocks takes an equal piece of it
-// ("Stream-K", Osama et al. 2023, arXiv:2301.03598), each of them for another head: the heads of a block of the cache lie side by
-// side in memory, and so they are read at about the same time, which is worth 2 % of the bandwidth. Of a row that lies within one
-// piece the states are merged in registers. Of one that is cut they are left in memory, and the last thread block to finish merges
-// them; but a team begins with the row that its end cuts and ends with the row that its beginning cuts, so what another team did of
-// the latter is mostly there already, and merging goes on from it in registers. All ways do the same arithmetic, so the bits of a
-// row do not depend on the rows beside it.
+// A decode row is a sequence with few queries: their (query, head of the group) pairs are the columns of one tensor-core tile.
+// Its keys are cut into chunks whose size follows from the row's own length alone, every chunk gets a softmax state of its own,
+// and the states are merged in order. The chunks of all rows stand in one line, and every team of thread blocks takes an equal
+// piece of it ("Stream-K", Osama et al. 2023, arXiv:2301.03598), each of them for another head: the heads of a block of the
+// cache lie side by side in memory, and so they are read at about the same time, which is worth 2 % of the bandwidth. Of a row
+// that lies within one piece the states are merged in registers. Of one that is cut they are left in memory, and the last
+// thread block to finish merges them; but a team begins with the row that its end cuts and ends with the row that its beginning
+// cuts, so what another team did of the latter is mostly there already, and merging goes on from it in registers. Where that
+// cuts fewer rows, a few teams get nothing. All ways do the same arithmetic, so the bits of a row do not depend on the rows
+// beside it.
 #pragma once
 
 #include <cstdint>
@@ -27,16 +28,14 @@ constexpr int kDecodeWarps = 4;
 constexpr int kDecodeThreads = 32 * kDecodeWarps;
 constexpr int kDecodeKeys = 16;     // keys of one warp's step: the rows of an m16n8k16 tile
 constexpr int kDecodeColumns = 16;  // rows of up to so many columns are decoded; a single query always is
-constexpr int kMaxChunks = 32;      // of one row: what the last thread block merges in about two microseconds
-constexpr int kChunk = 256, kShortChunk = 128;  // keys
-constexpr int kMostTeam = 16, kMostTeams = 1024;
+constexpr int kMaxChunks = 32;      // of one row: the last thread block merges so many states in about a microsecond
+constexpr int kMostTeam = 16, kMostTeams = 384;
 constexpr int kUnit = kDecodeWarps * kDecodeKeys;  // chunks are multiples of it; work is counted in it
 
-// Keys of a chunk, from the keys of the row. Half of kChunk for all rows would give a single row of 1,024 keys 7.4 us instead of 9.1,
-// but cost 256 rows of 1,024 keys 2 %, of 256 keys 8 % (of 512 keys 1 % for 1.7 us of 8.4).
+// Keys of a chunk, from the keys of the row: few, so that a row alone spreads over many thread blocks (1,024 keys take 7.0 us over
+// 16 of them, 9.1 us over 4), but two short chunks side by side take longer than one after the other.
 MINIVLLM_BOTH int chunk_keys(int keys) {
-  if (keys > kChunk && keys <= 2 * kChunk) return kShortChunk;
-  if (keys <= kChunk * kMaxChunks) return kChunk;
+  if (keys <= 2 * kUnit) return 2 * kUnit;
   return ((keys + kMaxChunks - 1) / kMaxChunks + kUnit - 1) / kUnit * kUnit;
 }
 
@@ -71,7 +70,7 @@ struct DecodeShape {
   int teams() const { return num_ctas / team(); }
   int grid() const { return teams() * team(); }
   int most_chunks() const {
-    const int n = (max_keys + kShortChunk - 1) / kShortChunk;
+    const int n = (max_keys + kUnit - 1) / kUnit;
     return n < 1 ? 1 : (n > kMaxChunks ? kMaxChunks : n);
   }
   int32_t signature() const {
