@@ -1,9 +1,11 @@
-// merge_attention_states on CUDA: a thread merges one 16-byte vector of a row; the two log-sum-exps of a row come from the L1 for all
-// but the first of its threads. Floor: 3 x bytes of out / bandwidth.
+// merge_attention_states on CUDA: a thread merges one 16-byte vector of a row; its two loads and those of the row's two
+// log-sum-exps, which come from the L1 for all but the first thread of a row, are under way together. Floor: 3 x bytes of out /
+// bandwidth, or the launch for few rows.
 #include <algorithm>
 
+#include "common/convert.cuh"
 #include "common/copy.cuh"
-#include "common/vec.cuh"
+#include "common/launch.cuh"
 #include "merge_attention_states.h"
 
 namespace minivllm {
@@ -13,36 +15,42 @@ constexpr int kThreads = 256;
 
 // threadIdx: vector of a row, row = token * num_heads + head.
 template <typename T, int N>
-__global__ void __launch_bounds__(kThreads) merge_kernel(AttentionState a, AttentionState b, unsigned num_rows, unsigned num_heads,
-                                                         int vectors, T* out, float* lse) {
+__global__ void __launch_bounds__(kThreads)
+    merge_kernel(const __grid_constant__ AttentionState a, const __grid_constant__ AttentionState b, unsigned num_rows,
+                 unsigned num_heads, int vectors, T* out, float* lse) {
   using V = Vec<T, N>;
   const unsigned row = blockIdx.x * blockDim.y + threadIdx.y;
   if (row >= num_rows) return;
   const unsigned token = row / num_heads, head = row % num_heads;
-  const float lse_a = a.lse[token * a.lse_stride + head], lse_b = b.lse[token * b.lse_stride + head];
-  const V* from_a = reinterpret_cast<const V*>(static_cast<const T*>(a.out) + token * a.token_stride + head * a.head_stride);
-  const V* from_b = reinterpret_cast<const V*>(static_cast<const T*>(b.out) + token * b.token_stride + head * b.head_stride);
+  const float *lse_a = a.lse + token * a.lse_stride + head, *lse_b = b.lse + token * b.lse_stride + head;
+  const T* from_a = static_cast<const T*>(a.out) + token * a.token_stride + head * a.head_stride + threadIdx.x * N;
+  const T* from_b = static_cast<const T*>(b.out) + token * b.token_stride + head * b.head_stride + threadIdx.x * N;
   V* target = reinterpret_cast<V*>(out) + static_cast<int64_t>(row) * vectors;
+  prefetch_early(from_a), prefetch_early(from_b), prefetch_early(lse_a), prefetch_early(lse_b);
+  wait_for_predecessors();
+  let_dependents_launch();
 
-  // The first vectors are on their way while the shares are computed; an empty side may hold NaN, so it is replaced and not scaled.
-  V va{}, vb{};
-  if (static_cast<int>(threadIdx.x) < vectors) va = from_a[threadIdx.x], vb = from_b[threadIdx.x];
-  const bool has_a = lse_a != -INFINITY, has_b = lse_b != -INFINITY;
-  const float largest = fmaxf(lse_a, lse_b);
-  const float mass_a = has_a ? expf(lse_a - largest) : 0.0f, mass_b = has_b ? expf(lse_b - largest) : 0.0f;
-  const float mass = mass_a + mass_b;
-  const float share = has_a || has_b ? 1.0f / mass : 0.0f;
-  if (threadIdx.x == 0) lse[row] = has_a || has_b ? largest + logf(mass) : -INFINITY;
-
+  const float x = *lse_a, y = *lse_b;
+  V va, vb;
+  if (vectors > 0) va = load_in_order<T, N>(from_a), vb = load_in_order<T, N>(from_b);
+  const float largest = fmaxf(x, y), shift = largest == -INFINITY ? 0.0f : largest;
+  const float mass_a = __expf(x - shift), mass_b = __expf(y - shift), mass = mass_a + mass_b;
+  const float inverse = mass == 0.0f ? 0.0f : __fdividef(1.0f, mass), share_a = mass_a * inverse, share_b = mass_b * inverse;
+  if (threadIdx.x == 0) lse[row] = shift + logf(mass);
   for (int i = threadIdx.x; i < vectors; i += blockDim.x) {
-    if (i >= static_cast<int>(blockDim.x)) va = from_a[i], vb = from_b[i];
-    V merged;
-#pragma unroll
-    for (int j = 0; j < N; ++j) {
-      const float x = has_a ? widen(va.data[j]) : 0.0f, y = has_b ? widen(vb.data[j]) : 0.0f;
-      merged.data[j] = narrow<T>((mass_a * x + mass_b * y) * share);
+    if (i >= static_cast<int>(blockDim.x)) {
+      const int skipped = (i - static_cast<int>(threadIdx.x)) * N;
+      va = load_in_order<T, N>(from_a + skipped), vb = load_in_order<T, N>(from_b + skipped);
     }
-    target[i] = merged;
+    // An empty side may hold NaN.
+    if (x == -INFINITY) va = V{};
+    if (y == -INFINITY) vb = V{};
+    float wide_a[N], wide_b[N];
+    widen_all(va, wide_a);
+    widen_all(vb, wide_b);
+#pragma unroll
+    for (int j = 0; j < N; ++j) wide_a[j] = fmaf(share_a, wide_a[j], share_b * wide_b[j]);
+    target[i] = narrow_all<T, N>(wide_a);
   }
 }
 
@@ -53,9 +61,8 @@ const char* launch(const AttentionState& a, const AttentionState& b, const Merge
   if (rows > 2147483647) return "more than 2^31 - 1 rows (num_tokens * num_heads)";
   const int x = static_cast<int>(std::max<int64_t>(std::min<int64_t>(vectors, kThreads), 1)), y = kThreads / x;
   const unsigned ctas = static_cast<unsigned>((rows + y - 1) / y);
-  merge_kernel<T, N><<<ctas, dim3(x, y), 0, stream>>>(a, b, static_cast<unsigned>(rows), static_cast<unsigned>(sizes.num_heads),
-                                                      static_cast<int>(vectors), static_cast<T*>(out), lse);
-  return launch_error();
+  return launch_overlapped(merge_kernel<T, N>, ctas, dim3(x, y), 0, stream, a, b, static_cast<unsigned>(rows),
+                           static_cast<unsigned>(sizes.num_heads), static_cast<int>(vectors), static_cast<T*>(out), lse);
 }
 
 }  // namespace

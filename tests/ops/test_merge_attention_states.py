@@ -113,3 +113,36 @@ def test_offsets_beyond_int32(seed: int) -> None:
     a, b = (state(2, 1, 64, seed=seed + i, dtype=torch.bfloat16, device="cuda") for i in (0, 2))
     far.copy_(a[0])
     check((far, a[1]), b)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", FLOAT_DTYPES)
+@pytest.mark.parametrize("head_dim", (80, 128, 2056))
+def test_many_rows_equal_few(dtype: torch.dtype, head_dim: int, seed: int) -> None:
+    tokens = 3001 if head_dim < 1000 else 301
+    given = [x for i in (0, 2) for x in state(tokens, 7, head_dim, seed=seed + i, dtype=dtype, device="cuda")]
+    given[1][5::9], given[3][7::9] = -INF, -INF
+    whole = ops.merge_attention_states(*given)
+    for start in range(0, tokens, 250):
+        piece = ops.merge_attention_states(*(x[start : start + 250] for x in given))
+        for few, many in zip(piece, whole, strict=True):
+            assert torch.equal(few, many[start : start + 250])
+
+
+@pytest.mark.gpu
+def test_large_merges_in_a_row_see_what_the_ones_before_wrote(seed: int) -> None:
+    # Launches overlap, and a later one's first reads are announced to the L2 cache while the earlier one still writes.
+    first, other = (state(3001, 16, 128, seed=seed + i, dtype=torch.bfloat16, device="cuda") for i in (0, 2))
+
+    def chain(wait: bool) -> tuple[Tensor, Tensor]:
+        merged = first
+        for _ in range(30):
+            merged = ops.merge_attention_states(*merged, *other)
+            if wait:
+                torch.cuda.synchronize()
+        return merged
+
+    want = chain(wait=True)
+    for _ in range(10):
+        for got, expected in zip(chain(wait=False), want, strict=True):
+            assert torch.equal(got, expected)
