@@ -14,12 +14,7 @@ constexpr int kMaxThreads = 1024;
 constexpr int kMaxVectors = 4;               // that a thread keeps
 constexpr int64_t kFewThreads = 132 * 2048;  // as many threads as an H100 or H200 runs at a time
 constexpr int kMaxFullThreads = 512;         // of a block without checks
-// Blocks of kMaxFullThreads on one multiprocessor: as many as leave each thread the registers it needs.
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
-constexpr int kFullBlocks = 3;
-#else
-constexpr int kFullBlocks = 4;
-#endif
+constexpr int kFullBlocks = 3;               // of kMaxFullThreads on one multiprocessor: as many as leave each thread 40 registers
 
 // Sums of kVectors values over the 32 threads of a warp, each by halves, quarters, ..., and then over the values by halves,
 // quarters, ... Two values share a shuffle while there are two: each half of the threads goes on with one of them.
@@ -69,8 +64,6 @@ __global__ void __launch_bounds__(kFull ? kMaxFullThreads : kMaxThreads, kFull ?
                     int num_vectors, float inverse_hidden, float eps) {
   using V = Vec<T, N>;
   __shared__ float partial[kMaxThreads / 32];
-  wait_for_predecessors();
-  let_dependents_launch();
   const int64_t row = static_cast<int64_t>(blockIdx.x) * blockDim.y + threadIdx.y;
   const bool live = kFull || row < num_rows;  // idle rows of the last block still take part in __syncthreads
   V* x_row = live ? reinterpret_cast<V*>(x + row_offset(x_rows, row)) : nullptr;
@@ -85,8 +78,16 @@ __global__ void __launch_bounds__(kFull ? kMaxFullThreads : kMaxThreads, kFull ?
 #pragma unroll
   for (int k = 0; k < kVectors; ++k) {
     const int i = threadIdx.x + k * blockDim.x;
-    if (inside(i)) kept[k] = x_row[i];
-    if (kFused && inside(i)) added[k] = r_row[i];
+    prefetch_early(x_row + i);
+    if (kFused) prefetch_early(r_row + i);
+  }
+  wait_for_predecessors();
+  let_dependents_launch();
+#pragma unroll
+  for (int k = 0; k < kVectors; ++k) {
+    const int i = threadIdx.x + k * blockDim.x;
+    if (inside(i)) kept[k] = load_in_order<T, N>(x_row[i].data);
+    if (kFused && inside(i)) added[k] = load_in_order<T, N>(r_row[i].data);
   }
   if (kVectors == 1 && inside(threadIdx.x)) weights = w[threadIdx.x];
   const auto add = [&](V& v, const V& r, int i) {  // the sum of squares of one vector
