@@ -1,16 +1,15 @@
 // qk_norm_rope_store on CUDA: one pass over a token's q, k and v. A block takes one token (and some of its heads); 1 to 32
 // threads share a head and hold all of it in registers between the sum of squares and the rotation, each with 16 bytes of both
 // of its halves. Floor: 2 * (num_heads + 2 num_kv_heads) * head_dim * bytes / bandwidth a token, or the launch for few tokens.
-#include "common/launch.cuh"
 #include "common/rotary.cuh"
 #include "qk_norm_rope_store.h"
 
 namespace minivllm {
 namespace {
 
-constexpr int kMaxWarps = 8;
-constexpr int kManyBlocks = 4;               // of kMaxWarps on one multiprocessor, where there are many tokens
-constexpr int64_t kFewThreads = 132 * 2048;  // as many threads as an H100 or H200 runs at a time
+constexpr int kManyBlocks = 4;  // of kMaxWarps on one multiprocessor, where there are many tokens
+
+enum { kQueries, kKeys, kValues };  // indices of the sides
 
 // The heads of q, k or v: where they come from, where they go, and which norm they get.
 struct Side {
@@ -26,9 +25,10 @@ struct Problem {
   RotaryTable table;
   const int64_t* slots;
   int num_heads;
-  int block_shift;  // log2 of block_size, which is a power of two
+  int q_warps, kv_warps;  // that work on q, and on k; v has as many of its own where a thread has one head
+  int block_shift;        // log2 of block_size, which is a power of two
   int head_dim;
-  int lane_bits;  // log2 of the threads of a head
+  int lane_bits;          // log2 of the threads of a head
   float inverse_head_dim, eps;
 };
 
@@ -48,11 +48,15 @@ __device__ __forceinline__ float sum_of_squares(const Vec<T, N>& v) {
   return sum;
 }
 
-__device__ __forceinline__ float lanes_sum(float v, int lane_bits) {
+// Sums of kCount values over the threads of a head, by halves, quarters, ...
+template <int kCount>
+__device__ __forceinline__ void lanes_sum(float (&v)[kCount], int lane_bits) {
 #pragma unroll
-  for (int bit = 4; bit >= 0; --bit)
-    if (bit < lane_bits) v += __shfl_xor_sync(0xffffffffu, v, 1 << bit);
-  return v;
+  for (int bit = 4; bit >= 0; --bit) {
+    if (bit >= lane_bits) continue;
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) v[i] += __shfl_xor_sync(0xffffffffu, v[i], 1 << bit);
+  }
 }
 
 // Rounded before and after the product with the weight, as rms_norm does.
@@ -71,68 +75,98 @@ __device__ __forceinline__ float inverse_rms(const Problem& p, float sum) {
   return rsqrtf(fmaf(sum, p.inverse_head_dim, p.eps));
 }
 
-// Vectors of 16 bytes, one unit of kHeads heads a thread, all loaded before the first is used. Block (x, y): token blockIdx.x,
-// heads from blockIdx.y * (heads of a block) on. With few tokens (one head a thread) time is latency, so the longest chain, from
-// the position to its row of the table, begins first and all is loaded at once. With many the heads go first, that no load of
-// theirs waits for the position, and the table is read late, when fewer registers are needed.
-template <typename T, int N, bool kInterleaved, int kHeads>
-__global__ void __launch_bounds__(32 * kMaxWarps, kHeads == 1 ? 1 : kManyBlocks)
-    vector_kernel(const __grid_constant__ Problem p) {
-  wait_for_predecessors();
-  let_dependents_launch();
+// Unit u of the heads wanted[i] of the sides kSides, in vectors of 16 bytes, all loaded before the first is used. With few tokens
+// (one head a thread) time is latency, so the longest chain, from the position to its row of the table, begins first and all is
+// loaded at once. With many the heads go first, that no load of theirs waits for the position, and the table is read late, when
+// fewer registers are needed.
+template <typename T, int N, bool kInterleaved, int... kSides>
+__device__ __forceinline__ void work(const Problem& p, int u, const int (&wanted)[sizeof...(kSides)]) {
+  constexpr int kHeads = sizeof...(kSides), side[] = {kSides...};
   const uint32_t token = blockIdx.x;
   uint32_t position = 0;
   int64_t slot = 0;
   const auto load_token = [&] { position = position_of(p.table, token), slot = p.slots[token]; };
-  if (kHeads == 1) load_token();
-  const int thread = threadIdx.y * 32 + threadIdx.x, u = thread & ((1 << p.lane_bits) - 1);
-  const int at_once = static_cast<int>(blockDim.y * 32) >> p.lane_bits;
-  const int first = blockIdx.y * kHeads * at_once + (thread >> p.lane_bits);
   const bool inside = 2 * N * u < p.head_dim;  // other threads still take part in the sums
   const UnitPlace place = place_of<N, kInterleaved>(u, p.table.rotary_dim);
-  // Beyond the last head it is worked on again, which needs no branches.
-  const auto head = [&](int i) { return min(first + i * at_once, p.num_heads - 1); };
-  const auto source = [&](int i) {
-    const Side& side = p.sides[side_of(p, head(i))];
-    return near_head<T>(side.from, token, head(i) - side.first);
-  };
+  int head[kHeads];
+  T* source[kHeads];
   Unit<T, N> units[kHeads], weight;
 #pragma unroll
+  for (int i = 0; i < kHeads; ++i) {
+    const HeadLayout& from = p.sides[side[i]].from;
+    head[i] = min(wanted[i], from.count - 1);  // beyond the last head it is worked on again, which needs no branches
+    source[i] = near_head<T>(from, token, head[i]);
+    prefetch_early(source[i] + place.a), prefetch_early(source[i] + place.b);
+  }
+  wait_for_predecessors();
+  let_dependents_launch();
+  if (kHeads == 1) load_token();
+#pragma unroll
   for (int i = 0; i < kHeads; ++i)
-    if (inside) units[i] = load_unit<T, N>(source(i), place);
-  const auto* only = static_cast<const T*>(p.sides[side_of(p, head(0))].weight);
-  if (kHeads == 1 && inside && only != nullptr) weight = load_unit<T, N>(only, place);
+    if (inside) units[i] = load_unit<T, N>(source[i], place);
   if (kHeads > 1) load_token();
+  const auto* weights = static_cast<const T*>(p.sides[side[0]].weight);  // of all the heads that have a norm
+  if (inside && weights != nullptr) weight = load_unit<T, N>(weights, place);
   Turn<N> turn;
   if (kHeads == 1 && inside && place.turns) turn = load_turn<N>(p.table, position, u);
-#pragma unroll
-  for (int i = 0; i < kHeads; ++i) {
-    const auto* weights = static_cast<const T*>(p.sides[side_of(p, head(i))].weight);
-    if (!__any_sync(0xffffffffu, weights != nullptr)) continue;
+  if (side[0] != kValues && weights != nullptr) {
+    constexpr int kNormed = side[kHeads - 1] == kValues ? 1 : kHeads;
     // The order of rms_norm for a power of two of vectors: halves, quarters, ... are added first.
-    const float a = inside ? sum_of_squares(units[i].part[0]) : 0.0f, b = inside ? sum_of_squares(units[i].part[1]) : 0.0f;
-    const float sum = kInterleaved ? lanes_sum(a, p.lane_bits) + lanes_sum(b, p.lane_bits) : lanes_sum(a + b, p.lane_bits);
-    if (weights == nullptr || !inside) continue;
-    if (kHeads > 1) weight = load_unit<T, N>(weights, place);
-    const float scale = inverse_rms(p, sum);
-    normalise(units[i].part[0], scale, weight.part[0]);
-    normalise(units[i].part[1], scale, weight.part[1]);
+    float sums[kInterleaved ? 2 * kNormed : kNormed];
+#pragma unroll
+    for (int i = 0; i < kNormed; ++i) {
+      const float a = inside ? sum_of_squares(units[i].part[0]) : 0.0f, b = inside ? sum_of_squares(units[i].part[1]) : 0.0f;
+      if constexpr (kInterleaved)
+        sums[i] = a, sums[kNormed + i] = b;
+      else
+        sums[i] = a + b;
+    }
+    lanes_sum(sums, p.lane_bits);
+#pragma unroll
+    for (int i = 0; i < kNormed; ++i) {
+      float sum = sums[i];
+      if constexpr (kInterleaved) sum += sums[kNormed + i];
+      const float scale = inverse_rms(p, sum);
+      normalise(units[i].part[0], scale, weight.part[0]);
+      normalise(units[i].part[1], scale, weight.part[1]);
+    }
   }
   if (kHeads > 1 && inside && place.turns) turn = load_turn<N>(p.table, position, u);
   const uint32_t block = static_cast<uint32_t>(slot >> p.block_shift), offset = slot & ((1 << p.block_shift) - 1);
 #pragma unroll
   for (int i = 0; i < kHeads; ++i) {
-    if (!inside || first + i * at_once >= p.num_heads) continue;
-    const int side = side_of(p, head(i));
-    if (place.turns && side < 2) units[i] = rotate<kInterleaved>(units[i], turn);
-    if (side == 0) {
-      store_unit(units[i], source(i), place);
+    if (!inside || wanted[i] != head[i]) continue;
+    if (place.turns && side[i] != kValues) units[i] = rotate<kInterleaved>(units[i], turn);
+    if (side[i] == kQueries) {
+      store_unit(units[i], source[i], place);
     } else if (slot >= 0) {
-      const Side& to = p.sides[side];
-      const uint32_t row = ((head(i) - to.first) << p.block_shift) + offset;
+      const Side& to = p.sides[side[i]];
+      const uint32_t row = (head[i] << p.block_shift) + offset;
       const int64_t begin = wide_product(block, to.block_stride) + wide_product(row, p.head_dim);
       store_unit(units[i], static_cast<T*>(to.cache) + begin, place);
     }
+  }
+}
+
+// A warp works on q alone, or on k and v, so the compiler knows which side a head is of: a third fewer instructions than where each
+// thread asks. A thread has kHeads heads: one, or two of q, or one of k and the same of v.
+template <typename T, int N, bool kInterleaved, int kHeads>
+__global__ void __launch_bounds__(32 * kMaxWarps, kHeads == 1 ? 1 : kManyBlocks)
+    vector_kernel(const __grid_constant__ Problem p) {
+  const int u = threadIdx.x & ((1 << p.lane_bits) - 1);
+  const int y = __shfl_sync(0xffffffffu, threadIdx.y, 0);  // tells the compiler that it is the same in all threads of a warp
+  const int q_warp = blockIdx.y * blockDim.y + y, k_warp = q_warp - p.q_warps, v_warp = k_warp - p.kv_warps;
+  const auto head_of = [&](int warp) { return (warp * 32 + static_cast<int>(threadIdx.x)) >> p.lane_bits; };
+  if (k_warp < 0) {
+    const int head = head_of(q_warp);
+    if constexpr (kHeads == 1) work<T, N, kInterleaved, kQueries>(p, u, {head});
+    if constexpr (kHeads == 2) work<T, N, kInterleaved, kQueries, kQueries>(p, u, {head, head + (p.q_warps * 32 >> p.lane_bits)});
+  } else if (v_warp < 0) {
+    const int head = head_of(k_warp);
+    if constexpr (kHeads == 1) work<T, N, kInterleaved, kKeys>(p, u, {head});
+    if constexpr (kHeads == 2) work<T, N, kInterleaved, kKeys, kValues>(p, u, {head, head});
+  } else if (kHeads == 1 && v_warp < p.kv_warps) {
+    work<T, N, kInterleaved, kValues>(p, u, {head_of(v_warp)});
   }
 }
 
@@ -176,15 +210,15 @@ template <typename T, bool kInterleaved>
 const char* launch(Problem p, bool wide, int64_t num_tokens, cudaStream_t stream) {
   constexpr int N = 16 / sizeof(T);
   p.lane_bits = wide ? lane_bits_for(p.head_dim / (2 * N)) : 5;
-  const int64_t threads = static_cast<int64_t>(p.num_heads) << p.lane_bits;
-  const bool two = wide && num_tokens * threads > kFewThreads;  // heads a thread
-  const int64_t warps = (threads + (two ? 63 : 31)) / (two ? 64 : 32), chunks = (warps + kMaxWarps - 1) / kMaxWarps;
-  if (num_tokens > 2147483647 || chunks > 65535) return "too many tokens or heads";
+  const bool two = wide && num_tokens * (int64_t{p.num_heads} << p.lane_bits) > kFewThreads;  // heads a thread
+  const auto warps_for = [&](int64_t heads) { return static_cast<int>(((heads << p.lane_bits) + 31) / 32); };
+  const int q_heads = p.sides[kQueries].from.count;
+  p.q_warps = warps_for(two ? (q_heads + 1) / 2 : q_heads);
+  p.kv_warps = warps_for(p.sides[kKeys].from.count);
   auto* kernel = !wide ? element_kernel<T, kInterleaved>
                  : two ? vector_kernel<T, N, kInterleaved, 2>
                        : vector_kernel<T, N, kInterleaved, 1>;
-  return launch_overlapped(kernel, dim3(static_cast<unsigned>(num_tokens), static_cast<unsigned>(chunks)),
-                           dim3(32, static_cast<unsigned>((warps + chunks - 1) / chunks)), 0, stream, p);
+  return launch_on_tokens(kernel, p, num_tokens, wide ? p.q_warps + (two ? 1 : 2) * p.kv_warps : p.num_heads, stream);
 }
 
 // Whether every head is made of whole units, no more than a warp has threads, at 16-byte addresses.
@@ -208,7 +242,7 @@ const char* launch_qk_norm_rope_store(const QkNormRopeStore& x, int64_t num_toke
   const Side k{x.k, x.q.count, x.k_weight, x.k_cache, x.k_block_stride};
   const Side v{x.v, x.q.count + x.k.count, nullptr, x.v_cache, x.v_block_stride};
   const RotaryTable table{x.positions, x.wide_positions, x.table, x.table_stride, x.rotary_dim};
-  const Problem p{{q, k, v}, table, x.slots, num_heads, shift, x.head_dim, 0, 1.0f / static_cast<float>(x.head_dim), x.eps};
+  const Problem p{{q, k, v}, table, x.slots, num_heads, 0, 0, shift, x.head_dim, 0, 1.0f / static_cast<float>(x.head_dim), x.eps};
   return dispatch_dtype(dtype, [&](auto* tag) {
     using T = std::remove_pointer_t<decltype(tag)>;
     const bool wide = fits_vectors(p, 16 / sizeof(T));

@@ -1,21 +1,18 @@
 // apply_rope on CUDA. A block takes one token (and some of its heads); 1 to 32 threads share a head, each with 16 bytes of both
 // of its halves, so a warp turns several heads at a time. Floor: 2 * heads * rotary_dim * bytes / bandwidth a token, or the
 // launch for few tokens.
-#include "common/launch.cuh"
 #include "common/rotary.cuh"
 #include "rope.h"
 
 namespace minivllm {
 namespace {
 
-constexpr int kMaxWarps = 8;
 // Blocks of kMaxWarps on one multiprocessor: as many as leave each thread the registers it needs.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
 constexpr int kBlocks = 5;
 #else
 constexpr int kBlocks = 6;
 #endif
-constexpr int64_t kFewThreads = 132 * 2048;  // as many threads as an H100 or H200 runs at a time
 
 struct Problem {
   HeadLayout sides[2];  // q and k
@@ -27,9 +24,7 @@ struct Problem {
 // blockIdx.x, heads from blockIdx.y * (heads of a block) on.
 template <typename T, int N, bool kInterleaved, int kHeads>
 __global__ void __launch_bounds__(32 * kMaxWarps, kHeads == 1 ? kBlocks : 4) vector_kernel(const __grid_constant__ Problem p) {
-  wait_for_predecessors();
-  let_dependents_launch();
-  const uint32_t token = blockIdx.x, position = position_of(p.table, token);
+  const uint32_t token = blockIdx.x;
   const int u = threadIdx.x & ((1 << p.lane_bits) - 1), at_once = static_cast<int>(blockDim.y * 32) >> p.lane_bits;
   const int first = blockIdx.y * kHeads * at_once + (static_cast<int>(threadIdx.y * 32 + threadIdx.x) >> p.lane_bits);
   const UnitPlace place = place_of<N, kInterleaved>(u, p.table.rotary_dim);
@@ -43,8 +38,13 @@ __global__ void __launch_bounds__(32 * kMaxWarps, kHeads == 1 ? kBlocks : 4) vec
     const int head = min(first + i * at_once, num_heads - 1);
     const int side = head >= p.sides[0].count;
     heads[i] = near_head<T>(p.sides[side], token, head - side * p.sides[0].count);
-    units[i] = load_unit<T, N>(heads[i], place);
+    prefetch_early(heads[i] + place.a), prefetch_early(heads[i] + place.b);
   }
+  wait_for_predecessors();
+  let_dependents_launch();
+  const uint32_t position = position_of(p.table, token);
+#pragma unroll
+  for (int i = 0; i < kHeads; ++i) units[i] = load_unit<T, N>(heads[i], place);
   const Turn<N> turn = load_turn<N>(p.table, position, u);
 #pragma unroll
   for (int i = 0; i < kHeads; ++i)
@@ -78,13 +78,10 @@ const char* launch(Problem p, int64_t num_tokens, cudaStream_t stream) {
   p.lane_bits = lane_bits_for(p.table.rotary_dim / (wide ? 2 * N : 2));
   const int64_t threads = static_cast<int64_t>(p.sides[0].count + p.sides[1].count) << p.lane_bits;
   const bool two = wide && threads > 32 * kMaxWarps && num_tokens * threads > kFewThreads;  // heads a thread
-  const int64_t warps = (threads + (two ? 63 : 31)) / (two ? 64 : 32), chunks = (warps + kMaxWarps - 1) / kMaxWarps;
-  if (num_tokens > 2147483647 || chunks > 65535) return "too many tokens or heads";
   auto* kernel = !wide ? element_kernel<T, kInterleaved>
                  : two ? vector_kernel<T, N, kInterleaved, 2>
                        : vector_kernel<T, N, kInterleaved, 1>;
-  return launch_overlapped(kernel, dim3(static_cast<unsigned>(num_tokens), static_cast<unsigned>(chunks)),
-                           dim3(32, static_cast<unsigned>((warps + chunks - 1) / chunks)), 0, stream, p);
+  return launch_on_tokens(kernel, p, num_tokens, (threads + (two ? 63 : 31)) / (two ? 64 : 32), stream);
 }
 
 }  // namespace

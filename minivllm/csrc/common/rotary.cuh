@@ -1,10 +1,15 @@
-// What one thread holds of a head while it turns by its position, shared by apply_rope and qk_norm_rope_store.
+// What apply_rope and qk_norm_rope_store share: what one thread holds of a head while it turns by its position, and how threads are
+// dealt to the heads of tokens.
 #pragma once
 
 #include "common/convert.cuh"
+#include "common/launch.cuh"
 #include "common/rows.h"
 
 namespace minivllm {
+
+constexpr int kMaxWarps = 8;                 // of a block
+constexpr int64_t kFewThreads = 132 * 2048;  // as many threads as an H100 or H200 runs at a time
 
 // Positions of the tokens, int32 or int64, and the table of cosines and sines they choose from: [max_position, rotary_dim]
 // float32, each row half cosines, then half sines.
@@ -135,6 +140,15 @@ inline int lane_bits_for(int64_t n) {
   int bits = 0;
   while (bits < 5 && (1 << bits) < n) ++bits;
   return bits;
+}
+
+// Blocks (x, y) of warps (threadIdx.y): token x, and of its `warps` those from y * blockDim.y on.
+template <typename Problem>
+const char* launch_on_tokens(void (*kernel)(Problem), const Problem& p, int64_t num_tokens, int64_t warps, cudaStream_t stream) {
+  const int64_t chunks = (warps + kMaxWarps - 1) / kMaxWarps;
+  if (num_tokens > 2147483647 || chunks > 65535) return "too many tokens or heads";
+  return launch_overlapped(kernel, dim3(static_cast<unsigned>(num_tokens), static_cast<unsigned>(chunks)),
+                           dim3(32, static_cast<unsigned>((warps + chunks - 1) / chunks)), 0, stream, p);
 }
 
 }  // namespace minivllm
