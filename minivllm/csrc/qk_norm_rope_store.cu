@@ -76,16 +76,12 @@ __device__ __forceinline__ float inverse_rms(const Problem& p, float sum) {
 }
 
 // Unit u of the heads wanted[i] of the sides kSides, in vectors of 16 bytes, all loaded before the first is used. With few tokens
-// (one head a thread) time is latency, so the longest chain, from the position to its row of the table, begins first and all is
-// loaded at once. With many the heads go first, that no load of theirs waits for the position, and the table is read late, when
-// fewer registers are needed.
+// (one head a thread) time is latency, so the row of the table is read as soon as the position is known; with many it is read late,
+// when fewer registers are needed.
 template <typename T, int N, bool kInterleaved, int... kSides>
 __device__ __forceinline__ void work(const Problem& p, int u, const int (&wanted)[sizeof...(kSides)]) {
   constexpr int kHeads = sizeof...(kSides), side[] = {kSides...};
   const uint32_t token = blockIdx.x;
-  uint32_t position = 0;
-  int64_t slot = 0;
-  const auto load_token = [&] { position = position_of(p.table, token), slot = p.slots[token]; };
   const bool inside = 2 * N * u < p.head_dim;  // other threads still take part in the sums
   const UnitPlace place = place_of<N, kInterleaved>(u, p.table.rotary_dim);
   int head[kHeads];
@@ -100,11 +96,11 @@ __device__ __forceinline__ void work(const Problem& p, int u, const int (&wanted
   }
   wait_for_predecessors();
   let_dependents_launch();
-  if (kHeads == 1) load_token();
+  const uint32_t position = position_of(p.table, token);
+  const int64_t slot = p.slots[token];
 #pragma unroll
   for (int i = 0; i < kHeads; ++i)
     if (inside) units[i] = load_unit<T, N>(source[i], place);
-  if (kHeads > 1) load_token();
   const auto* weights = static_cast<const T*>(p.sides[side[0]].weight);  // of all the heads that have a norm
   if (inside && weights != nullptr) weight = load_unit<T, N>(weights, place);
   Turn<N> turn;
