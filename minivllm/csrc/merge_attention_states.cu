@@ -22,19 +22,20 @@ __global__ void __launch_bounds__(kThreads)
   const unsigned row = blockIdx.x * blockDim.y + threadIdx.y;
   if (row >= num_rows) return;
   const unsigned token = row / num_heads, head = row % num_heads;
-  const float *lse_a = a.lse + token * a.lse_stride + head, *lse_b = b.lse + token * b.lse_stride + head;
+  const float *lse_at_a = a.lse + token * a.lse_stride + head, *lse_at_b = b.lse + token * b.lse_stride + head;
   const T* from_a = static_cast<const T*>(a.out) + token * a.token_stride + head * a.head_stride + threadIdx.x * N;
   const T* from_b = static_cast<const T*>(b.out) + token * b.token_stride + head * b.head_stride + threadIdx.x * N;
   V* target = reinterpret_cast<V*>(out) + static_cast<int64_t>(row) * vectors;
-  prefetch_early(from_a), prefetch_early(from_b), prefetch_early(lse_a), prefetch_early(lse_b);
+  prefetch_early(from_a), prefetch_early(from_b), prefetch_early(lse_at_a), prefetch_early(lse_at_b);
   wait_for_predecessors();
   let_dependents_launch();
 
-  const float x = *lse_a, y = *lse_b;
+  const float lse_a = *lse_at_a, lse_b = *lse_at_b;
   V va, vb;
   if (vectors > 0) va = load_in_order<T, N>(from_a), vb = load_in_order<T, N>(from_b);
-  const float largest = fmaxf(x, y), shift = largest == -INFINITY ? 0.0f : largest;
-  const float mass_a = __expf(x - shift), mass_b = __expf(y - shift), mass = mass_a + mass_b;
+  const float largest = fmaxf(lse_a, lse_b), shift = largest == -INFINITY ? 0.0f : largest;
+  // The larger mass is 1. The fast exponential errs by some |x| 2^-24 of e^x, which for x <= 0 is less than a rounding of that 1.
+  const float mass_a = __expf(lse_a - shift), mass_b = __expf(lse_b - shift), mass = mass_a + mass_b;
   const float inverse = mass == 0.0f ? 0.0f : __fdividef(1.0f, mass), share_a = mass_a * inverse, share_b = mass_b * inverse;
   if (threadIdx.x == 0) lse[row] = shift + logf(mass);
   for (int i = threadIdx.x; i < vectors; i += blockDim.x) {
@@ -43,8 +44,8 @@ __global__ void __launch_bounds__(kThreads)
       va = load_in_order<T, N>(from_a + skipped), vb = load_in_order<T, N>(from_b + skipped);
     }
     // An empty side may hold NaN.
-    if (x == -INFINITY) va = V{};
-    if (y == -INFINITY) vb = V{};
+    if (lse_a == -INFINITY) va = V{};
+    if (lse_b == -INFINITY) vb = V{};
     float wide_a[N], wide_b[N];
     widen_all(va, wide_a);
     widen_all(vb, wide_b);
