@@ -78,8 +78,8 @@ __global__ void __launch_bounds__(kFull ? kMaxFullThreads : kMaxThreads, kFull ?
 #pragma unroll
   for (int k = 0; k < kVectors; ++k) {
     const int i = threadIdx.x + k * blockDim.x;
-    prefetch_early(x_row + i);
-    if (kFused) prefetch_early(r_row + i);
+    if (inside(i)) prefetch_early(x_row + i);
+    if (kFused && inside(i)) prefetch_early(r_row + i);
   }
   wait_for_predecessors();
   let_dependents_launch();
