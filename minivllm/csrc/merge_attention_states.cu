@@ -26,8 +26,7 @@ __global__ void __launch_bounds__(kThreads)
   const T* from_a = static_cast<const T*>(a.out) + token * a.token_stride + head * a.head_stride + threadIdx.x * N;
   const T* from_b = static_cast<const T*>(b.out) + token * b.token_stride + head * b.head_stride + threadIdx.x * N;
   V* target = reinterpret_cast<V*>(out) + static_cast<int64_t>(row) * vectors;
-  if (vectors > 0) prefetch_early(from_a), prefetch_early(from_b);
-  prefetch_early(lse_at_a), prefetch_early(lse_at_b);
+  prefetch_early(from_a), prefetch_early(from_b), prefetch_early(lse_at_a), prefetch_early(lse_at_b);
   wait_for_predecessors();
   let_dependents_launch();
 

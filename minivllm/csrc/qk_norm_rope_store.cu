@@ -92,7 +92,7 @@ __device__ __forceinline__ void work(const Problem& p, int u, const int (&wanted
     const HeadLayout& from = p.sides[side[i]].from;
     head[i] = min(wanted[i], from.count - 1);  // beyond the last head it is worked on again, which needs no branches
     source[i] = near_head<T>(from, token, head[i]);
-    if (inside) prefetch_early(source[i] + place.a), prefetch_early(source[i] + place.b);
+    prefetch_early(source[i] + place.a), prefetch_early(source[i] + place.b);
   }
   wait_for_predecessors();
   let_dependents_launch();

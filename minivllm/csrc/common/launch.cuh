@@ -22,8 +22,8 @@ __device__ __forceinline__ void wait_for_predecessors() {
 
 // For use before wait_for_predecessors() with a place that is read after it. In a large grid the first blocks, which wait longest,
 // have it brought into the L2 cache meanwhile, so memory is busy where one kernel ends and the next begins. That is no access: what
-// a predecessor has yet to write there goes through the same cache. And everywhere the address is computed before the wait, which
-// the compiler would put behind it.
+// a predecessor has yet to write there goes through the same cache, and a place that nobody reads in the end does no harm. And
+// everywhere the address is computed before the wait, which the compiler would put behind it.
 __device__ __forceinline__ void prefetch_early(const void* place) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   if (gridDim.x > kLargeGrid && blockIdx.x < kEarlyBlocks) asm volatile("prefetch.global.L2 [%0];" ::"l"(place));
