@@ -12,7 +12,7 @@
 
 namespace minivllm {
 
-constexpr unsigned kEarlyBlocks = 4 * 132, kLargeGrid = 8 * 132;  // an H100 or H200 has 132 multiprocessors
+constexpr unsigned kEarlyBlocks = 3 * 132, kLargeGrid = 8 * 132;  // an H100 or H200 has 132 multiprocessors
 
 __device__ __forceinline__ void wait_for_predecessors() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
