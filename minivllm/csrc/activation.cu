@@ -8,8 +8,7 @@ namespace minivllm {
 namespace {
 
 constexpr int kMaxThreads = 256;
-constexpr int kMinThreads = 128;         // shorter rows share a block
-constexpr int64_t kFewVectors = 132 * 2048;  // below this many vectors each thread takes one, to use more of the GPU
+constexpr int kMinThreads = 128;  // shorter rows share a block
 
 // e^x and a / b: for 16-bit results the hardware's approximations, whose few units of the last float32 place no rounding shows.
 template <typename T>
@@ -89,7 +88,7 @@ struct Problem {
 template <typename T, int N, Activation kActivation>
 const char* launch(const Problem& p, cudaStream_t stream) {
   const int64_t num_vectors = p.d / N;
-  const int per_thread = p.num_rows * num_vectors < kFewVectors ? 1 : 2;
+  const int per_thread = p.num_rows * num_vectors < kFewThreads ? 1 : 2;  // vectors: of few one, to use more of the GPU
   const int64_t per_block = static_cast<int64_t>(kMaxThreads) * per_thread;
   int64_t chunks = (num_vectors + per_block - 1) / per_block;
   if (chunks > 65535) chunks = 65535;

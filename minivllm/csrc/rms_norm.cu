@@ -11,10 +11,9 @@ namespace minivllm {
 namespace {
 
 constexpr int kMaxThreads = 1024;
-constexpr int kMaxVectors = 4;               // that a thread keeps
-constexpr int64_t kFewThreads = 132 * 2048;  // as many threads as an H100 or H200 runs at a time
-constexpr int kMaxFullThreads = 512;         // of a block without checks
-constexpr int kFullBlocks = 3;               // of kMaxFullThreads on one multiprocessor: as many as leave each thread 40 registers
+constexpr int kMaxVectors = 4;        // that a thread keeps
+constexpr int kMaxFullThreads = 512;  // of a block without checks
+constexpr int kFullBlocks = 3;        // of kMaxFullThreads on one multiprocessor: as many as leave each thread 40 registers
 
 // Sums of kVectors values over the 32 threads of a warp, each by halves, quarters, ..., and then over the values by halves,
 // quarters, ... Two values share a shuffle while there are two: each half of the threads goes on with one of them.

@@ -110,7 +110,7 @@ class Decoder {
     if (header.x != call_.signature) return fill_rows(0, NAN);  // not of these shapes: loud, and nothing out of bounds
     if (call_.alone) fill_rows(header.y, 0.0f);
     if (!set_chunks(item, first_row(from_, to_))) return;
-    next_load_ = walk_of(item), next_blocks_ = blocks_from(next_load_, 0);
+    next_load_ = walk_of(item), next_blocks_ = blocks_from(next_load_);
     hop();
     while (true) {
       // Known before it is needed, so that loading can run on into it.
@@ -118,7 +118,7 @@ class Decoder {
       const bool more = item_after(item, next);
       hopped_ = false;
       next_load_ = more ? walk_of(next) : Walk{};
-      next_blocks_ = blocks_from(next_load_, 0);
+      next_blocks_ = blocks_from(next_load_);
       fill_pipeline();
       process(item);
       if (!more) break;
@@ -143,8 +143,8 @@ class Decoder {
   int load_stage_ = 0, stage_ = 0, pending_ = 0;  // pending: tiles loaded or on their way that are not computed yet
   int merge_buffer_ = 0;
   // Entries of the block table, for kAhead tiles at a time: lane 2 n has the block of rows 0-7 of tile n, lane 2 n + 1 of rows 8-15.
-  // Those after them are on their way.
-  int32_t blocks_, more_blocks_, next_blocks_;
+  // They are read a tile before they are needed, those of the next item while this one is computed.
+  int32_t blocks_, next_blocks_;
   int tile_ = 0;  // of blocks_, the one to load next
 
   // Fills an item whose row is known; false if none of it lies in the piece.
@@ -196,14 +196,13 @@ class Decoder {
 
   __device__ __forceinline__ void hop() {
     load_ = next_load_, hopped_ = true;
-    blocks_ = next_blocks_, more_blocks_ = blocks_from(load_, kAhead), tile_ = 0;
+    blocks_ = next_blocks_, tile_ = 0;
   }
 
-  // This lane's entry of the block table, from tile `first` of a walk on.
-  __device__ __forceinline__ int32_t blocks_from(const Walk& walk, int first) const {
-    const int pos = walk.pos + first * kDecodeWarps * kDecodeKeys;
-    if (pos >= walk.end) return 0;
-    const int key = pos + lane_ / 2 * (kDecodeWarps * kDecodeKeys) + lane_ % 2 * (kDecodeKeys / 2);
+  // This lane's entry of the block table.
+  __device__ __forceinline__ int32_t blocks_from(const Walk& walk) const {
+    if (walk.pos >= walk.end) return 0;
+    const int key = walk.pos + lane_ / 2 * (kDecodeWarps * kDecodeKeys) + lane_ % 2 * (kDecodeKeys / 2);
     return walk.table[min(key, walk.end - 1) >> call_.block_shift];
   }
 
@@ -224,7 +223,7 @@ class Decoder {
     load_stage_ = load_stage_ + 1 == call_.stages ? 0 : load_stage_ + 1;
     ++pending_;
     load_.pos += kDecodeWarps * kDecodeKeys;
-    if (++tile_ == kAhead) blocks_ = more_blocks_, more_blocks_ = blocks_from(load_, kAhead), tile_ = 0;
+    if (++tile_ == kAhead) blocks_ = blocks_from(load_), tile_ = 0;
   }
 
   // Waits until at most n of the groups of this warp are under way; a few too many waits for short pipelines do no harm.
@@ -575,7 +574,7 @@ class Decoder {
 };
 
 template <typename C>
-__global__ void __launch_bounds__(kDecodeThreads) decode_kernel(const __grid_constant__ Problem call) {
+__global__ void __launch_bounds__(kDecodeThreads, 2) decode_kernel(const __grid_constant__ Problem call) {
   extern __shared__ __align__(128) char shared[];
   Decoder<C>(call, shared).run();
 }

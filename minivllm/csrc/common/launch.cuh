@@ -7,12 +7,15 @@
 #include <cuda_runtime.h>
 
 #include <cstddef>
+#include <cstdint>
 
 #include "common/vec.cuh"
 
 namespace minivllm {
 
-constexpr unsigned kEarlyBlocks = 3 * 132, kLargeGrid = 8 * 132;  // an H100 or H200 has 132 multiprocessors
+// Row kernels are tuned for the 132 multiprocessors of an H100 or H200, where up to 2048 threads each run at a time.
+constexpr unsigned kEarlyBlocks = 3 * 132, kLargeGrid = 8 * 132;
+constexpr int64_t kFewThreads = 132 * 2048;
 
 __device__ __forceinline__ void wait_for_predecessors() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900

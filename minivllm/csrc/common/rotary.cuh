@@ -8,8 +8,7 @@
 
 namespace minivllm {
 
-constexpr int kMaxWarps = 8;                 // of a block
-constexpr int64_t kFewThreads = 132 * 2048;  // as many threads as an H100 or H200 runs at a time
+constexpr int kMaxWarps = 8;  // of a block
 
 // Positions of the tokens, int32 or int64, and the table of cosines and sines they choose from: [max_position, rotary_dim]
 // float32, each row half cosines, then half sines.
