@@ -49,16 +49,21 @@ template <typename T, int N, Activation kActivation, int kPerThread>
 __global__ void __launch_bounds__(kMaxThreads)
     gated_kernel(const T* x, RowLayout x_rows, T* out, int64_t num_rows, int64_t num_vectors) {
   using V = Vec<T, N>;
-  wait_for_predecessors();
-  let_dependents_launch();
   const int64_t row = static_cast<int64_t>(blockIdx.x) * blockDim.y + threadIdx.y;
   if (row >= num_rows) return;
   const V* gate = reinterpret_cast<const V*>(x + row_offset(x_rows, row));
   const V* up = gate + num_vectors;
   V* target = reinterpret_cast<V*>(out) + row * num_vectors;
   const int64_t stride = static_cast<int64_t>(gridDim.y) * blockDim.x * kPerThread;
-  for (int64_t first = static_cast<int64_t>(blockIdx.y) * blockDim.x * kPerThread + threadIdx.x; first < num_vectors;
-       first += stride) {
+  int64_t first = static_cast<int64_t>(blockIdx.y) * blockDim.x * kPerThread + threadIdx.x;
+#pragma unroll
+  for (int k = 0; k < kPerThread; ++k) {
+    const int64_t i = first + k * blockDim.x;
+    if (i < num_vectors) prefetch_early(gate + i), prefetch_early(up + i);
+  }
+  wait_for_predecessors();
+  let_dependents_launch();
+  for (; first < num_vectors; first += stride) {
     V gates[kPerThread], ups[kPerThread];
 #pragma unroll
     for (int k = 0; k < kPerThread; ++k) {
