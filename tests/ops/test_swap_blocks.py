@@ -75,7 +75,7 @@ def test_offsets_beyond_int32(source: str, target: str) -> None:
         pytest.skip("needs 6 GiB of device memory")
     storage = torch.empty(2**31 + 64, dtype=torch.float16, device=source)  # untouched pages cost no memory on a CPU
     far = storage.as_strided((2, 1, 8, 8), (2**31, 64, 8, 1))
-    far[1] = torch.arange(64, dtype=torch.float16).view(8, 8)
+    far.copy_(torch.arange(128, dtype=torch.float16).view(2, 1, 8, 8))
     near = place(torch.zeros(3, 1, 8, 8, dtype=torch.float16), target)
     one, two = (torch.tensor([i], device=source) for i in (1, 2))
     check(far, near, one, two)
