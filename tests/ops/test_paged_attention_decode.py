@@ -135,7 +135,7 @@ def test_every_cut_of_a_row(seed: int) -> None:
 
 @pytest.mark.parametrize("rows", (16, 24, 64, 256))
 def test_rows_in_step_with_the_teams(rows: int, seed: int) -> None:
-    """Numbers of equal rows for which the plan leaves some teams without work."""
+    """Where the plan of an H200 leaves a team without work (16 and 64 equal rows), and where it does not."""
     packed, paged = random([513] * rows, (16, 8, 128), seed)
     got = run(paged)
     assert_close_to_exact(got, packed.exact()[0], paged.reference()[0])

@@ -82,8 +82,8 @@ class Decoder {
   static constexpr int D = C::kHeadDim, NT = C::kColumnTiles;
   static constexpr int kQuads = D / 4;  // of a column; a thread merges kGroups of all columns' quads
   static constexpr int kGroups = kQuads * C::kColumns / kDecodeThreads;
-  static constexpr int kAhead = 16;   // tiles whose blocks are known
-  static constexpr int kAtOnce = 4;   // states that are loaded before the first is merged
+  static constexpr int kAhead = 16;  // tiles whose blocks are known
+  static constexpr int kAtOnce = 4;  // states that are loaded before the first is merged
   // From so many chunks on they go through shared memory; wide tiles have no registers left for it.
   static constexpr int kStagedFrom = C::kColumns == 8 && D <= 128 ? 8 : INT32_MAX;
 
@@ -226,7 +226,7 @@ class Decoder {
     if (++tile_ == kAhead) blocks_ = blocks_from(load_), tile_ = 0;
   }
 
-  // Waits until at most n of the groups of this warp are under way; a few too many waits for short pipelines do no harm.
+  // Waits until at most n of the groups of this warp are under way: with kMostStages tiles of two groups, never more than 7.
   __device__ __forceinline__ static void wait_groups(int n) {
     if (n >= 7) copy_async_wait<7>();
     else if (n == 6) copy_async_wait<6>();
